@@ -1,0 +1,27 @@
+# `make demo` and `make test` set up everything they need; both go through `make install`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: install demo test lint
+install: $(VENV)/.installed
+
+# torch first and pinned: a looser requirement would resolve to the multi-gigabyte CUDA build.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt holdfast/native/*.cpp
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints.txt setuptools wheel numpy
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,plots,peft]"
+	touch $@
+
+demo: install
+	$(BIN)/python -m holdfast.demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,129 @@
+"""Build a family: trace a model under its global methods, once for each option of a block."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.errors import HoldfastError
+from holdfast.ledger import CATEGORIES
+from holdfast.meter import Meter, open_storages
+from holdfast.plan.blocks import Stack, stacks_of, truncate_, whole
+from holdfast.plan.compose import Family, UpdateCost, trainables
+from holdfast.plan.trace import fake_step, record, to_fake_
+
+OpSeconds = Callable[[int, int, torch.dtype], float]
+
+
+def trace_family(
+    build: Callable[[], nn.Module],
+    inputs: Callable[[], dict[str, Any]],
+    prepare: Callable[[nn.Module], nn.Module],
+    run: Callable[[nn.Module, dict[str, Any]], torch.Tensor],
+    options: dict[str, Callable[[nn.Module], None]],
+    op_seconds: OpSeconds,
+) -> Family:
+    """Trace one model under each option.
+
+    Args:
+        build: () -> the full model on the meta device.
+        inputs: () -> the batch of one micro-step, called in fake mode.
+        prepare: applies the global methods to the (shallow, fake) model.
+        run: (model, batch) -> scalar loss.
+        options: name -> what it does to one block.
+    """
+    stacks = stacks_of(build())
+    try:
+        return _trace(build, inputs, prepare, run, options, op_seconds, stacks)
+    except Exception:
+        if all(len(s.kept) == s.depth for s in stacks):
+            raise
+    # A model that cannot run shallow, or runs its blocks out of order, is traced whole.
+    return _trace(build, inputs, prepare, run, options, op_seconds, whole(stacks))
+
+
+def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
+    family = Family(stacks, {}, {}, [])
+    for name, apply in options.items():
+        with fake_step():
+            model = truncate_(build(), stacks)
+            model = prepare(to_fake_(model)).train()
+            if not family.base:
+                _persistent(family, model)
+            for stack in stacks:
+                for block in model.get_submodule(stack.path):
+                    apply(block)
+            batch = inputs()
+            trace = record(
+                model,
+                stacks,
+                lambda model=model, batch=batch: run(model, batch).backward(),
+                inputs=batch,
+                op_seconds=op_seconds,
+            )
+        if not trace.regular and any(len(s.kept) != s.depth for s in stacks):
+            raise HoldfastError("blocks do not run once each in order")
+        family.options[name] = trace
+        family.base["inputs"] = trace.base["inputs"]
+    return family
+
+
+def _persistent(family: Family, model: nn.Module) -> None:
+    """Bytes of parameters and buffers, and the shapes that train, at full depth."""
+    owner: dict[int, tuple[str, int] | None] = {}
+    times: dict[tuple[str, int], int] = {}
+    inside: dict[int, tuple[str, int]] = {}
+    for stack in family.stacks:
+        for k, block in enumerate(model.get_submodule(stack.path)):
+            times[stack.path, k] = stack.representative.count(k)
+            for tensor in (*block.parameters(), *block.buffers()):
+                inside.setdefault(id(tensor), (stack.path, k))
+    family.base = dict.fromkeys(CATEGORIES, 0)
+    shapes = []
+    for category, tensors in (
+        ("parameters", list(model.parameters())),
+        ("buffers", list(model.buffers())),
+    ):
+        for tensor in tensors:
+            block = inside.get(id(tensor))
+            count = times[block] if block else 1
+            for storage in open_storages(tensor):
+                if storage._cdata not in owner:
+                    owner[storage._cdata] = block
+                    family.base[category] += count * storage.nbytes()
+            if tensor.requires_grad:
+                shapes.append((tuple(tensor.shape), tensor.dtype, count))
+    family.trainable = trainables(shapes)
+
+
+class UpdateCosts:
+    """Cost of updating a parameter of each shape with one optimizer, traced once per shape."""
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], Any], op_seconds: OpSeconds):
+        self.make, self.op_seconds = make, op_seconds
+        self._known: dict[tuple[tuple[int, ...], torch.dtype], UpdateCost] = {}
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> UpdateCost:
+        found = self._known.get((shape, dtype))
+        if found is None:
+            found = self._known[shape, dtype] = self._trace(shape, dtype)
+        return found
+
+    def _trace(self, shape: tuple[int, ...], dtype: torch.dtype) -> UpdateCost:
+        with fake_step():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+            optimizer = self.make([parameter])
+            parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            with Meter(None, optimizer) as meter:
+                optimizer.step()
+            state = sum(
+                {
+                    s._cdata: s.nbytes() for s in open_storages(list(optimizer.state.values()))
+                }.values()
+            )
+            kept = parameter.numel() * parameter.element_size()
+        # Parameter and gradient are read, parameter written, states read and written.
+        moved = 3 * kept + 2 * state
+        return UpdateCost(state, meter.peak - meter.base, self.op_seconds(0, moved, dtype))

@@ -1,0 +1,70 @@
+"""Method: what the planner sees of a system.
+
+A method never returns a total. It edits a `Record` that every tensor of the model has, in four
+fields (form, extent, place, life), and one engine sums bytes from the edited records, so that
+formulas compose by construction. Transient bytes come from tracing the step with the method applied.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SLOTS = ("parameters", "weights", "adapter", "optimizer", "gradients", "saved", "blocks", "loss")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far a method may move the result: exact, bounded by `estimate`, or lossy.
+
+    `estimate` is the relative increase in validation loss; `source` says where it was measured.
+    """
+
+    kind: Literal["exact", "bounded", "lossy"] = "exact"
+    estimate: float = 0.0
+    source: str = ""
+
+    @property
+    def rank(self) -> int:
+        return ("exact", "bounded", "lossy").index(self.kind)
+
+
+EXACT = Quality()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One system in one slot of a plan.
+
+    Args:
+        key: the system's key in the catalogue, or a baseline's name such as `adamw`.
+        slot: which decision of a plan it answers; `saved` takes several, the others one.
+        writes: (category, field) pairs it edits; two methods that share a pair exclude each other.
+        apply: `optimizer`: (named_parameters, lr, **knobs) -> torch.optim.Optimizer;
+            `weights`, `adapter`, `saved`: (model, **knobs) -> model, changed in place. Must also
+            work on meta and fake tensors, because predictions trace it.
+        knobs: name -> finite domain, default first.
+        quality: knobs -> Quality.
+        applies: (model, **knobs) -> None, or one line that says why not.
+        state_bytes: optimizers: (shape, dtype, **knobs) -> exact bytes kept per parameter between
+            steps, including step counters, scales and indices.
+        requires, forbids: slots' method keys that must, or must not, be in the same plan, each
+            with its reason.
+    """
+
+    key: str
+    slot: str
+    writes: frozenset[tuple[str, str]]
+    apply: Callable[..., Any]
+    knobs: Mapping[str, tuple] = field(default_factory=dict)
+    quality: Callable[..., Quality] = lambda **knobs: EXACT
+    applies: Callable[..., str | None] = lambda model, **knobs: None
+    state_bytes: Callable[..., int] | None = None
+    requires: Mapping[str, str] = field(default_factory=dict)
+    forbids: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.slot not in SLOTS:
+            raise ValueError(f"slot {self.slot!r} of {self.key!r} is not one of {SLOTS}")
+
+    def defaults(self) -> dict[str, Any]:
+        return {name: domain[0] for name, domain in self.knobs.items()}
