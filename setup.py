@@ -23,7 +23,7 @@ setup(
             "holdfast.native._kernels",
             ["holdfast/native/kernels.cpp"],
             depends=["holdfast/native/lanes.h", "holdfast/native/adamw4.h"],
-            # No contraction: all variants must round alike. GCC's own headers warn (its bug 105593).
+            # No contraction: all variants must round alike. GCC's own headers warn.
             extra_compile_args=[
                 "-O3",
                 "-g0",

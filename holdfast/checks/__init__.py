@@ -10,7 +10,6 @@ import inspect
 import json
 import math
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import catalogue
+from holdfast.checks.host import PeakRss, machine
 from holdfast.errors import UsageError, unknown
+
+FIELDS = (
+    "system",
+    "claim",
+    "measured",
+    "baseline",
+    "threshold",
+    "passed",
+    "seconds",
+    "peak_bytes",
+    "seed",
+    "machine",
+)
 
 
 @dataclass(frozen=True)
@@ -51,17 +64,19 @@ class Result:
                 with `at_most`. Without it a baseline of 0 fails: 1.5 times nothing is nothing.
             name: what the numbers are, for example "loss" or "bytes per parameter".
         """
-        if (at_least is None) == (at_most is None):
-            raise ValueError("Result.ratio needs one of at_least and at_most")
         if ours < 0 or base < 0:
             raise ValueError(f"a ratio of {ours} to {base} means nothing; both must be >= 0")
-        factor, larger = (at_least, ours) if at_most is None else (at_most, base)
-        sign = ">=" if at_most is None else "<="
-        holds = ours >= factor * base if at_most is None else ours <= factor * base
-        threshold = f"{name} {sign} {factor:g} x baseline"
+        if at_least is not None and at_most is None:
+            side, larger, holds = name, ours, ours >= at_least * base
+            threshold = f"{name} >= {at_least:g} x baseline"
+        elif at_most is not None and at_least is None:
+            side, larger, holds = "baseline", base, ours <= at_most * base
+            threshold = f"{name} <= {at_most:g} x baseline"
+        else:
+            raise ValueError("Result.ratio needs one of at_least and at_most")
         if floor is not None:
-            side = name if at_most is None else "baseline"
             threshold += f", {side} >= {floor:g}"
+        holds = holds and math.isfinite(ours) and math.isfinite(base)
         return cls(
             measured={name: ours, "ratio": ours / base if base else math.inf},
             baseline={name: base},
@@ -78,10 +93,6 @@ class Check:
     claim: str
     run: Callable[..., Result]
 
-    @property
-    def path(self) -> Path:
-        return Path(inspect.getfile(self.run))
-
 
 _checks: dict[str, Check] = {}
 
@@ -96,11 +107,15 @@ def check(key: str, *, claim: str) -> Callable[[Callable[..., Result]], Callable
     return register
 
 
+def core() -> list[str]:
+    """Names of the checks that belong to no catalogued system."""
+    folder = Path(__file__).parent / "core"
+    return sorted(path.stem for path in folder.glob("[!_]*.py"))
+
+
 def available() -> list[str]:
     """Keys that have a check: systems in the catalogue's order, then the core's."""
-    core = Path(__file__).parent / "core"
-    named = sorted(path.stem for path in core.glob("*.py") if not path.stem.startswith("_"))
-    return [s.key for s in catalogue.systems() if s.check_path.exists()] + named
+    return [system.key for system in catalogue.systems() if system.check_path.exists()] + core()
 
 
 def load(key: str) -> Check:
@@ -109,8 +124,7 @@ def load(key: str) -> Check:
     Raises:
         UsageError: no such system or core check, or a system that has no check yet.
     """
-    core = [path.stem for path in (Path(__file__).parent / "core").glob("[!_]*.py")]
-    if key in core:
+    if key in core():
         room = "core"
     else:
         try:
@@ -131,11 +145,9 @@ def load(key: str) -> Check:
 
 
 def run_check(key: str, *, full: bool = False, seed: int = 0) -> dict[str, Any]:
-    """Run one check.
+    """Run one check; returns `FIELDS`, ready for JSON.
 
-    Returns:
-        system, claim, measured, baseline, threshold, passed, seconds, peak_bytes (increase of the
-        process's resident set at its peak), seed and machine, ready for JSON.
+    `peak_bytes` is the increase of the process's resident set at its peak.
     """
     import torch
 
@@ -157,17 +169,6 @@ def run_check(key: str, *, full: bool = False, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "machine": machine(),
     }
-
-
-def data_dir() -> Path:
-    """Where optional data lies: `HOLDFAST_DATA`, else `../shared/data` beside the checkout."""
-    given = os.environ.get("HOLDFAST_DATA")
-    return Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
-
-
-def cache_dir() -> Path:
-    """Where what can be computed again is kept: `XDG_CACHE_HOME/holdfast`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "holdfast"
 
 
 def write_record(result: dict[str, Any]) -> Path:
@@ -205,75 +206,6 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-class PeakRss:
-    """How far the resident set of this process rises above where it stood: `.increase` in bytes.
-
-    Pages that the allocator already holds are not seen, so that the figure is a lower bound.
-    """
-
-    increase = 0
-
-    def __enter__(self) -> "PeakRss":
-        self._reset()
-        self._start = _status("VmRSS") or _maxrss()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.increase = max(0, (_status("VmHWM") or _maxrss()) - self._start)
-
-    @staticmethod
-    def _reset() -> None:
-        # Linux forgets the high-water mark on request; elsewhere it is that of the whole life.
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
-
-
-def _status(field: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(li.split()[1]) * 1024 for li in lines if li.startswith(field + ":")), None)
-
-
-def _maxrss() -> int:
-    import resource
-
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, cores that this process may use, torch and Python versions."""
-    import torch
-
-    return {
-        "cpu": cpu_model(),
-        "cores": cores(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def cpu_model() -> str:
-    """The processor's name, for example "AMD EPYC 7R13"."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _plain(value: Any) -> Any:

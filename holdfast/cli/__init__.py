@@ -66,8 +66,8 @@ def _root(
 
 
 def group() -> TyperGroup:
-    """The whole command line as one click-like group."""
-    return typer.main.get_command(app)
+    """The whole command line, as what typer runs."""
+    return typer.main.get_group(app)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -1,7 +1,8 @@
 """Native CPU kernels: built at install time where a C++ compiler exists, never required.
 
 The library is plain C called through ctypes, so it has no tie to torch's or Python's ABI. It is
-opened on first use. `HOLDFAST_NATIVE` forces a variant or turns it off: off, portable, avx2, avx512.
+opened on first use. The environment variable `HOLDFAST_NATIVE` forces a variant (portable, avx2,
+avx512) or turns it off (off).
 """
 
 import ctypes
@@ -32,8 +33,7 @@ _SIGNATURES = {
     "hf_variants": (_int, []),
     "hf_adamw4": (
         _int,
-        [_int, _int, _int, _long, _int, _pointer, _pointer, _int, _pointer, _int]
-        + [_pointer] * 6,
+        [_int, _int, _int, _long, _int, _pointer, _pointer, _int, _pointer, _int] + [_pointer] * 6,
     ),
     "hf_adamw": (None, [_long, _pointer, _int, _pointer, _int, _pointer, _pointer, _pointer]),
 }
@@ -114,6 +114,18 @@ def force(variant: str) -> Iterator[None]:
         _forced.pop()
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+# GNU's OpenMP hangs in a forked child whose parent has used threads, as torch's own operators do.
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def threads() -> int:
-    """Threads for a kernel: as many as torch uses."""
-    return torch.get_num_threads()
+    """Threads for a kernel: as many as torch uses, one in a forked process."""
+    return 1 if _forked else torch.get_num_threads()

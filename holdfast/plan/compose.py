@@ -42,7 +42,9 @@ class Trainable:
 class Family:
     """One model under fixed global methods: traces by block option, persistent bytes.
 
-    `options[name]` is a trace in which every block runs under that option.
+    `options[name]` is a trace in which every block runs under that option. `moved[place]` holds
+    the bytes that a traced block puts into an arena of that place, `extra_seconds` the exposed
+    time of these copies.
     """
 
     stacks: list[Stack]
@@ -50,7 +52,7 @@ class Family:
     base: dict[str, int]
     trainable: list[Trainable]
     extra_seconds: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
-    disk_bytes: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)
+    moved: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)
 
     @cached_property
     def layout(self) -> list[tuple[Key, Key]]:
@@ -202,19 +204,16 @@ class Composer:
             if total:
                 column = {c: int(cells[place, i]) for c, i in CATEGORY_CODES.items()}
                 ledger.put(PLACE_NAMES[place], PHASE_NAMES[phase], column)
-        disk = self.disk_bytes(choice)
-        if disk:
-            for phase in ("forward", "backward"):
-                ledger[0, "disk", "activations", phase] = disk
+        for place, sizes in self.family.moved.items():
+            moved = sum(
+                sizes[self.family.representative(block)]
+                for block, option in choice.items()
+                if option == place
+            )
+            if moved:
+                for phase in ("forward", "backward"):
+                    ledger[0, place, "activations", phase] = moved
         return ledger
-
-    def disk_bytes(self, choice: Mapping[tuple[str, int], str]) -> int:
-        sizes = self.family.disk_bytes
-        return sum(
-            sizes[option][self.family.representative(block)]
-            for block, option in choice.items()
-            if option in sizes
-        )
 
     def seconds(self, choice: Mapping[tuple[str, int], str]) -> float:
         """Predicted seconds of one optimizer step, all micro-batches included."""

@@ -9,7 +9,8 @@ from torch import nn
 from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
 from holdfast.meter import Meter, open_storages
-from holdfast.plan.blocks import Stack, stacks_of, truncate_, whole
+from holdfast.places import Arena
+from holdfast.plan.blocks import stacks_of, truncate_, whole
 from holdfast.plan.compose import Family, UpdateCost, trainables
 from holdfast.plan.trace import fake_step, record, to_fake_
 
@@ -21,7 +22,7 @@ def trace_family(
     inputs: Callable[[], dict[str, Any]],
     prepare: Callable[[nn.Module], nn.Module],
     run: Callable[[nn.Module, dict[str, Any]], torch.Tensor],
-    options: dict[str, Callable[[nn.Module], None]],
+    options: dict[str, Callable[[nn.Module], Arena | None]],
     op_seconds: OpSeconds,
 ) -> Family:
     """Trace one model under each option.
@@ -31,7 +32,7 @@ def trace_family(
         inputs: () -> the batch of one micro-step, called in fake mode.
         prepare: applies the global methods to the (shallow, fake) model.
         run: (model, batch) -> scalar loss.
-        options: name -> what it does to one block.
+        options: name -> what it does to one block; returns the arena that the block fills, if any.
     """
     stacks = stacks_of(build())
     try:
@@ -51,9 +52,11 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
             model = prepare(to_fake_(model)).train()
             if not family.base:
                 _persistent(family, model)
-            for stack in stacks:
-                for block in model.get_submodule(stack.path):
-                    apply(block)
+            arenas = {
+                (stack.path, k): apply(block)
+                for stack in stacks
+                for k, block in enumerate(model.get_submodule(stack.path))
+            }
             batch = inputs()
             trace = record(
                 model,
@@ -65,6 +68,9 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
         if not trace.regular and any(len(s.kept) != s.depth for s in stacks):
             raise HoldfastError("blocks do not run once each in order")
         family.options[name] = trace
+        moved = {block: arena.bytes_in for block, arena in arenas.items() if arena is not None}
+        if moved:
+            family.moved[name] = moved
         family.base["inputs"] = trace.base["inputs"]
     return family
 

@@ -2,7 +2,8 @@
 
 A method never returns a total. It edits a `Record` that every tensor of the model has, in four
 fields (form, extent, place, life), and one engine sums bytes from the edited records, so that
-formulas compose by construction. Transient bytes come from tracing the step with the method applied.
+formulas compose by construction. Transient bytes come from tracing the step with the method
+applied.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ class Method:
         key: the system's key in the catalogue, or a baseline's name such as `adamw`.
         slot: which decision of a plan it answers; `saved` takes several, the others one.
         writes: (category, field) pairs it edits; two methods that share a pair exclude each other.
-        apply: `optimizer`: (named_parameters, lr, **knobs) -> torch.optim.Optimizer;
+        apply: `optimizer`: (named_parameters, lr, *, weight_decay, **knobs) -> torch.optim.Optimizer;
             `weights`, `adapter`, `saved`: (model, **knobs) -> model, changed in place. Must also
             work on meta and fake tensors, because predictions trace it.
         knobs: name -> finite domain, default first.
@@ -47,6 +48,7 @@ class Method:
         applies: (model, **knobs) -> None, or one line that says why not.
         state_bytes: optimizers: (shape, dtype, **knobs) -> exact bytes kept per parameter between
             steps, including step counters, scales and indices.
+        automatic: considered by `fit` where the user names no method of the slot.
         requires, forbids: slots' method keys that must, or must not, be in the same plan, each
             with its reason.
     """
@@ -59,6 +61,7 @@ class Method:
     quality: Callable[..., Quality] = lambda **knobs: EXACT
     applies: Callable[..., str | None] = lambda model, **knobs: None
     state_bytes: Callable[..., int] | None = None
+    automatic: bool = True
     requires: Mapping[str, str] = field(default_factory=dict)
     forbids: Mapping[str, str] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from holdfast import attach
 from holdfast.errors import HoldfastError
 
 IGNORE = -100
@@ -133,18 +134,32 @@ def causal_loss(model: nn.Module, batch: dict[str, Any], chunk: int) -> Tensor:
     )
 
 
-def loss_of(model: nn.Module, batch: dict[str, Any], chunk: int | None) -> Tensor:
-    """The training loss: the model's own, or in chunks where `chunk` is given."""
-    if chunk:
-        return causal_loss(model, batch, chunk)
-    from holdfast.plan.models import loss_of as scalar_loss
+def chunk_loss_(model: nn.Module, chunk: int) -> attach.Handle:
+    """Make `model(**batch).loss` the chunked loss, in place; calls without labels are unchanged."""
+    return attach.wrap(model, _Chunked(model, chunk))
 
-    return scalar_loss(model(**batch))
+
+class _Chunked:
+    def __init__(self, model: nn.Module, chunk: int):
+        self.model, self.chunk = model, chunk
+
+    def __call__(self, forward, *args, **kwargs):
+        from transformers.modeling_outputs import CausalLMOutput
+
+        if args or kwargs.get("labels") is None:
+            return forward(*args, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        loss = causal_loss(self.model, kwargs, self.chunk)
+        if items is not None:
+            # The Trainer divides by the tokens of all micro-batches, not of this one.
+            counted = (kwargs["labels"][:, 1:] != IGNORE).sum()
+            loss = loss * (counted / items)
+        return CausalLMOutput(loss=loss)
 
 
 @torch.no_grad()
-def verify_chunked(model: nn.Module, batch: dict[str, Any], chunk: int) -> None:
-    """Compare both losses on a few tokens of a real batch.
+def verify_chunked(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Compare the chunked loss with the model's own on a few tokens of a real batch.
 
     Raises:
         HoldfastError: they differ, so the model's head does more than its config says.
@@ -152,11 +167,11 @@ def verify_chunked(model: nn.Module, batch: dict[str, Any], chunk: int) -> None:
     few = {k: v[:1, :16] for k, v in batch.items()}
     was_training = model.training
     model.eval()
-    plain, chunked = loss_of(model, few, None), loss_of(model, few, chunk)
+    chunked, plain = model(**few).loss, model.forward.__wrapped__(**few).loss
     model.train(was_training)
-    tolerance = 1e-4 if few and plain.dtype is torch.float32 else 2e-2
+    tolerance = 1e-4 if next(model.parameters()).dtype is torch.float32 else 2e-2
     if (plain - chunked).abs() > tolerance * plain.abs().clamp(min=1):
         raise HoldfastError(
             f"chunked loss {chunked:.6f} differs from the model's own {plain:.6f}; "
-            "set `loss: {chunk: 0}` in the plan"
+            "set loss_chunk: 0 in the plan"
         )

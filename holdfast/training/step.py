@@ -4,26 +4,25 @@ The same functions run for real and under the planner's fake trace, so that a pr
 measurement are of one program.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from holdfast.training.loss import IGNORE, loss_of
+from holdfast import attach
+from holdfast.training.loss import IGNORE
 
 
-def recompute(block: nn.Module) -> None:
+def recompute(block: nn.Module) -> attach.Handle:
     """Run `block` again in the backward pass instead of keeping what it saves."""
-    forward = block.forward
+    return attach.wrap(block, _recomputed)
 
-    def recomputed(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    block.forward = recomputed
+def _recomputed(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 class StepInBackward(torch.optim.Optimizer):
@@ -101,17 +100,3 @@ def counted_tokens(batch: dict[str, Any]) -> int | None:
     if not isinstance(labels, Tensor) or labels.dim() < 2:
         return None
     return int((labels[:, 1:] != IGNORE).sum())
-
-
-def backward_through(
-    model: nn.Module, micro_batches: Iterable[dict[str, Any]], weights: list[float], chunk
-) -> float:
-    """Forward and backward over the micro-batches; the weighted mean loss as a float."""
-    total = 0.0
-    for batch, weight in zip(micro_batches, weights, strict=True):
-        loss = loss_of(model, batch, chunk)
-        if weight != 1.0:
-            loss = loss * weight
-        loss.backward()
-        total += float(loss.detach())
-    return total

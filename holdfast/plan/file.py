@@ -1,0 +1,196 @@
+"""plan.yaml: a versioned file that people may edit; errors name the field, the value and the fix.
+
+holdfast: 1                   format version
+model, task                   what is trained; pretrain or finetune
+batch, micro_batch, sequence  sequences per optimizer step, per forward pass; tokens in each
+budget                        bytes per place, for example device: 24GiB
+methods                       what is kept, in what form, where and for how long
+  dtype                       of parameters: float32 or bfloat16
+  weights, adapter            {key: {knob: value}} or null
+  optimizer                   {key: {knob: value}}
+  gradients                   step: kept until the step; backward: consumed as they appear
+  saved                       list of {key: {knob: value}}
+  loss_chunk                  tokens whose logits exist at once; 0 for the model's own loss
+  blocks                      path of a block list -> runs such as "recompute*3 keep*5"
+training                      learning_rate, schedule, warmup, weight_decay, clip, seed
+hardware                      what time is predicted for
+predicted                     peak_bytes, step_seconds and the ledger
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from holdfast.budget import PLACES
+from holdfast.errors import UsageError
+from holdfast.units import format_bytes, parse_bytes
+
+Choice = dict[str, dict[str, Any]]
+BLOCK_OPTIONS = ("keep", "recompute", "host", "disk")
+_RUN = re.compile(r"([a-z]+)(?:\*(\d+))?")
+_Size = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+def parse_runs(text: str) -> list[str]:
+    """ "recompute*2 keep" -> ["recompute", "recompute", "keep"]."""
+    options: list[str] = []
+    for word in text.split():
+        match = _RUN.fullmatch(word)
+        if match is None or match[1] not in BLOCK_OPTIONS:
+            raise ValueError(
+                f"{word!r} is not a run of blocks; write for example recompute*3 keep*5, "
+                f"with one of {', '.join(BLOCK_OPTIONS)}"
+            )
+        options += [match[1]] * int(match[2] or 1)
+    return options
+
+
+def format_runs(options: list[str]) -> str:
+    runs: list[list] = []
+    for option in options:
+        if runs and runs[-1][0] == option:
+            runs[-1][1] += 1
+        else:
+            runs.append([option, 1])
+    return " ".join(f"{option}*{count}" for option, count in runs)
+
+
+class Methods(_Strict):
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Choice | None = None
+    adapter: Choice | None = None
+    optimizer: Choice = Field(default_factory=lambda: {"adamw": {}})
+    gradients: Literal["step", "backward"] = "step"
+    saved: list[Choice] = Field(default_factory=list)
+    loss_chunk: Annotated[int, Field(ge=0)] = 0
+    blocks: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _checked(self):
+        for name in ("weights", "adapter", "optimizer"):
+            choice = getattr(self, name)
+            if choice is not None and len(choice) != 1:
+                raise ValueError(f"{name} names {len(choice)} methods; name exactly one")
+        if any(len(choice) != 1 for choice in self.saved):
+            raise ValueError("each entry of saved names exactly one method")
+        for runs in self.blocks.values():
+            parse_runs(runs)
+        return self
+
+
+class Training(_Strict):
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class PlanFile(_Strict):
+    holdfast: Literal[1] = 1
+    model: str
+    task: Literal["pretrain", "finetune"] = "finetune"
+    batch: Annotated[int, Field(ge=1)] = 1
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    sequence: Annotated[int, Field(ge=1)]
+    budget: dict[Literal["device", "host", "disk"], _Size]
+    methods: Methods = Field(default_factory=Methods)
+    training: Training = Field(default_factory=Training)
+    hardware: str = "cpu-2core"
+    predicted: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _checked(self):
+        if self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if not self.budget.get("device"):
+            raise ValueError("budget leaves no device bytes; write for example device: 24GiB")
+        if self.methods.gradients == "backward":
+            if self.micro_batch != self.batch:
+                raise ValueError(
+                    "gradients: backward consumes each gradient at once and so excludes "
+                    "accumulation; set micro_batch equal to batch or gradients: step"
+                )
+            if self.training.clip is not None:
+                raise ValueError(
+                    "gradients: backward excludes clip, which needs all gradients at once; "
+                    "remove clip or set gradients: step"
+                )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch // self.micro_batch
+
+
+def read(path: str | os.PathLike[str]) -> PlanFile:
+    """Read and validate a plan.
+
+    Raises:
+        UsageError: missing file, malformed YAML, unknown or wrong field.
+    """
+    name = os.fspath(path)
+    try:
+        content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"plan {name} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"plan {name} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"plan {name} holds {type(content).__name__}; expected fields like model:")
+    try:
+        return PlanFile(**content)
+    except ValidationError as error:
+        raise UsageError(f"plan {name}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "plan"
+        message = problem["msg"].removeprefix("Value error, ")
+        given = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown field; remove it or check the spelling"
+        shown = "" if isinstance(given, dict | list | BaseModel) else f" = {given!r}"
+        lines.append(f"{where}{shown}: {message}")
+    return "; ".join(lines)
+
+
+def write(plan: PlanFile, path: str | os.PathLike[str]) -> None:
+    """Write atomically; sizes are written for people where that loses nothing."""
+    content = plan.model_dump(mode="json")
+    content["budget"] = {p: plan.budget[p] for p in PLACES if plan.budget.get(p)}  # type: ignore[index]
+    text = yaml.safe_dump(content, sort_keys=False, width=100)
+    comments = ", ".join(f"{p} {format_bytes(v)}" for p, v in content["budget"].items())
+    text = (
+        f"# A plan of Holdfast for {comments}; edit it freely, it is validated when read.\n{text}"
+    )
+    write_text(path, text)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file atomically."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,27 @@
+"""One machine for all tests: two threads, a fixed seed, no network."""
+
+import os
+
+# Read when transformers is imported: a test that asks the hub for a name must fail, not wait.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from holdfast.checks import host
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir():
+    """The folder of optional data sets; tests that need one skip where it is absent."""
+    path = host.data_dir()
+    if not path.is_dir():
+        pytest.skip(f"no data at {path}; set HOLDFAST_DATA")
+    return path
