@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement would resolve to the multi-gigabyte CUDA build.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt holdfast/native/*.cpp
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt holdfast/native/*.cpp holdfast/native/*.h
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt setuptools wheel numpy

@@ -1,5 +1,6 @@
-"""Build the native kernels where a C++ compiler exists; everything works without them."""
+"""Build the native parts where a C++ compiler exists; everything works without them."""
 
+import importlib.util
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,6 +15,27 @@ class PlainLibrary(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
+
+
+def counting_allocator() -> list[Extension]:
+    """The counter of CPU allocations, for the torch that is installed; none without torch."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return []
+    root = Path(torch.origin).parent
+    return [
+        Extension(
+            "holdfast.native._allocator",
+            ["holdfast/native/allocator.cpp"],
+            # A newer header is another torch, whose ABI the library must follow.
+            depends=[str(root / "include/torch/headeronly/version.h")],
+            include_dirs=[str(root / "include")],
+            library_dirs=[str(root / "lib")],
+            libraries=["c10"],
+            extra_compile_args=["-O2", "-g0", "-std=c++17"],
+            optional=True,
+        )
+    ]
 
 
 setup(
@@ -35,5 +57,6 @@ setup(
             extra_link_args=["-fopenmp"],
             optional=True,
         ),
+        *counting_allocator(),
     ],
 )

@@ -20,6 +20,7 @@ class DoesNotFit(HoldfastError):
     """No allowed plan fits the budget; carries the smallest budget that would."""
 
     exit_code = 3
+    details: dict
 
 
 class OverBudget(HoldfastError):

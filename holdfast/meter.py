@@ -10,6 +10,7 @@ Bytes are deterministic, also on a CPU, so a claim about memory is a test. Three
 """
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 from holdfast.errors import UsageError
 from holdfast.ledger import CATEGORIES, Ledger
+from holdfast.native.allocator import AllocatorPeak, ProfilerPeak
 
 BACKENDS = ("logical", "allocator", "cuda")
 FORWARD, BACKWARD, STEP = range(3)
 PHASE_NAMES = ("forward", "backward", "step")
+# Frames between autograd's engine and the body of a dispatch mode.
+_GLUE = ("__torch_dispatch__", "_fn", "inner")
 
 
 def open_storages(value: Any) -> Iterable[torch.UntypedStorage]:
@@ -64,6 +68,15 @@ class Log:
     marks: list[tuple[int, str, Any]] = field(default_factory=list)
 
 
+def _called_by_engine() -> bool:
+    """Whether the operation being dispatched is autograd's own, not of a Python function."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name in _GLUE:
+        frame = frame.f_back
+    # On a GPU the engine runs in a thread without Python frames.
+    return frame is None or frame.f_code is torch.autograd.graph._engine_run_backward.__code__
+
+
 class StorageLog(TorchDispatchMode):
     """Follow every storage while active; `log` is the result.
 
@@ -83,6 +96,7 @@ class StorageLog(TorchDispatchMode):
         self._handles: list[Any] = []
         self._depth = 0
         self._region_start = 0
+        self._sum: tuple[int, int, frozenset[int]] | None = None
 
     def phase(self) -> int:
         if torch._C._current_graph_task_id() != -1:
@@ -129,6 +143,30 @@ class StorageLog(TorchDispatchMode):
         del self._ids[key]
         self._refs.pop(sid, None)
         self.log.events.append((sid, -self.log.storages[sid].nbytes, self.phase()))
+        if self._sum is not None and sid in self._sum[2]:
+            # The engine was the last to hold this gradient, so without us it adds in place: the
+            # sum takes over the bytes that leave here.
+            total, position, _ = self._sum
+            self._sum = None
+            phase = self.log.events[position][2]
+            self.log.events[position] = (total, 0, phase)
+            self.log.events.append((total, self.log.storages[total].nbytes, phase))
+
+    def _note_sum(self, args: tuple, result: Tensor) -> None:
+        """Remember a sum of gradients: under any dispatch mode the engine never adds in place."""
+        total = self.id_of(result.untyped_storage())
+        if total is None or self.log.storages[total].born != len(self.log.events) - 1:
+            return
+        parts = [
+            self.id_of(t.untyped_storage())
+            for t in args
+            if isinstance(t, Tensor) and t.layout is torch.strided and t.shape == result.shape
+        ]
+        nbytes = self.log.storages[total].nbytes
+        same = frozenset(
+            p for p in parts if p is not None and self.log.storages[p].nbytes == nbytes
+        )
+        self._sum = (total, len(self.log.events) - 1, same)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -138,6 +176,7 @@ class StorageLog(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         self._note_backward()
+        self._sum = None
         result = func(*args, **kwargs)
         before = None
         for storage in open_storages(result):
@@ -154,6 +193,8 @@ class StorageLog(TorchDispatchMode):
                 before = {s._cdata for s in open_storages((args, kwargs))}
             if key not in before:
                 self._enter(storage, "temporary")
+        if func is torch.ops.aten.add.Tensor and self._was_backward and _called_by_engine():
+            self._note_sum(args, result)
         return result
 
     @staticmethod
@@ -220,8 +261,11 @@ class StorageLog(TorchDispatchMode):
                 self.mark("gradient", name)
 
             handle = parameter.register_post_accumulate_grad_hook(accumulated)
-            # Before other hooks: one of them may consume the gradient and free it.
-            parameter._post_accumulate_grad_hooks.move_to_end(handle.id, last=False)
+            # Before other hooks: one of them may consume the gradient and free it. Autograd reads
+            # the dict's order of insertion, which `move_to_end` does not change.
+            hooks = parameter._post_accumulate_grad_hooks
+            for key in [key for key in hooks if key != handle.id]:
+                hooks[key] = hooks.pop(key)
             self._handles.append(handle)
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -364,22 +408,14 @@ class Meter:
     def _enter_allocator(self) -> None:
         # The seeds are only counted here; what comes after is the allocator's word.
         self.base = self._seeded().live_bytes()
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
-        self._profile.__enter__()
+        # The profiler sees the same where the library is not built, or counts a whole run already.
+        self._allocations = AllocatorPeak() if AllocatorPeak.supported()[0] else ProfilerPeak()
+        self._allocations.__enter__()
 
     def _exit_allocator(self, *exc) -> None:
-        self._profile.__exit__(*exc)
-        # The raw trace keeps allocations in the order in which they happened.
-        raw = self._profile.profiler.kineto_results.events()
-        changes = [
-            (e.start_ns(), i, e.nbytes()) for i, e in enumerate(raw) if e.name() == "[memory]"
-        ]
-        live = peak = self.base
-        for _, _, change in sorted(changes):
-            live += change
-            peak = max(peak, live)
-        self.peak, self.end = peak, live
+        self._allocations.__exit__(*exc)
+        self.peak = self.base + self._allocations.peak
+        self.end = self.base + self._allocations.current
 
     def _enter_cuda(self) -> None:
         torch.cuda.synchronize()

@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from holdfast.checks import host
+from holdfast import host
 
 torch.set_num_threads(2)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import catalogue
-from holdfast.checks.host import PeakRss, machine
+from holdfast.host import PeakRss, machine
 from holdfast.errors import UsageError, unknown
 
 FIELDS = (
@@ -107,7 +107,7 @@ def check(key: str, *, claim: str) -> Callable[[Callable[..., Result]], Callable
     return register
 
 
-def core() -> list[str]:
+def core_names() -> list[str]:
     """Names of the checks that belong to no catalogued system."""
     folder = Path(__file__).parent / "core"
     return sorted(path.stem for path in folder.glob("[!_]*.py"))
@@ -115,7 +115,9 @@ def core() -> list[str]:
 
 def available() -> list[str]:
     """Keys that have a check: systems in the catalogue's order, then the core's."""
-    return [system.key for system in catalogue.systems() if system.check_path.exists()] + core()
+    return [
+        system.key for system in catalogue.systems() if system.check_path.exists()
+    ] + core_names()
 
 
 def load(key: str) -> Check:
@@ -124,7 +126,7 @@ def load(key: str) -> Check:
     Raises:
         UsageError: no such system or core check, or a system that has no check yet.
     """
-    if key in core():
+    if key in core_names():
         room = "core"
     else:
         try:

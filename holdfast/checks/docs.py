@@ -38,7 +38,7 @@ def _head() -> list[str]:
 
 
 def _core() -> list[str]:
-    proved = [name for name in checks.core() if catalogue.read_record(name)]
+    proved = [name for name in checks.core_names() if catalogue.read_record(name)]
     if not proved:
         return []
     return ["## Core", "", *(li for name in proved for li in _figures(name, name)), ""]

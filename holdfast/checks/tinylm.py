@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from holdfast.checks import host
+from holdfast import host
 from holdfast.errors import UsageError
 
 if TYPE_CHECKING:

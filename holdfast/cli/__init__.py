@@ -19,6 +19,9 @@ from holdfast import __version__
 from holdfast.errors import HoldfastError, unknown
 
 COMMANDS = {
+    "fit": "holdfast.cli.fit:fit",
+    "train": "holdfast.cli.train:train",
+    "hw": "holdfast.cli.hw:app",
     "systems": "holdfast.cli.systems:systems",
     "check": "holdfast.cli.check:check",
     "doctor": "holdfast.cli.doctor:doctor",

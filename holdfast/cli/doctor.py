@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from packaging.requirements import Requirement
 
-from holdfast.checks import host
+from holdfast import host
 from holdfast.cli import print_json
 from holdfast.units import format_bytes
 

@@ -168,7 +168,9 @@ class Composer:
     def base(self, later: bool) -> np.ndarray:
         cells = np.zeros(CELLS, np.int64)
         for category, nbytes in self.family.base.items():
-            cells[0, CATEGORY_CODES[category]] += nbytes
+            # All micro-batches of a step are drawn before it begins.
+            times = self.life.accumulation if category == "inputs" else 1
+            cells[0, CATEGORY_CODES[category]] += times * nbytes
         cells[0, CATEGORY_CODES["optimizer"]] += self.state_bytes
         if later:
             cells[0, CATEGORY_CODES["gradients"]] += self.gradient_bytes

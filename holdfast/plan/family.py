@@ -47,9 +47,10 @@ def trace_family(
 def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
     family = Family(stacks, {}, {}, [])
     for name, apply in options.items():
+        # Constructors and copies of modules do not work on fake tensors.
+        shallow = truncate_(build(), stacks)
         with fake_step():
-            model = truncate_(build(), stacks)
-            model = prepare(to_fake_(model)).train()
+            model = prepare(to_fake_(shallow)).train()
             if not family.base:
                 _persistent(family, model)
             arenas = {

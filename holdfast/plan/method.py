@@ -40,7 +40,7 @@ class Method:
         key: the system's key in the catalogue, or a baseline's name such as `adamw`.
         slot: which decision of a plan it answers; `saved` takes several, the others one.
         writes: (category, field) pairs it edits; two methods that share a pair exclude each other.
-        apply: `optimizer`: (named_parameters, lr, *, weight_decay, **knobs) -> torch.optim.Optimizer;
+        apply: `optimizer`: (named_parameters, lr, *, weight_decay, **knobs) -> an optimizer;
             `weights`, `adapter`, `saved`: (model, **knobs) -> model, changed in place. Must also
             work on meta and fake tensors, because predictions trace it.
         knobs: name -> finite domain, default first.

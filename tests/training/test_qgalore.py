@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from holdfast.errors import UsageError
+from holdfast.errors import HoldfastError, UsageError
 from holdfast.forms import Dense, Packed
 from holdfast.training.optim import qgalore
 from holdfast.training.optim.projector import Projector, leading, leading_ref
@@ -341,6 +341,8 @@ def test_int8_linear_computes_with_the_rounded_weight_and_gives_it_a_gradient():
     assert kept == 64 * 96 + 96 * 5  # one group of 64 per row
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x))
+    with pytest.raises(HoldfastError, match="no double backward"):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
 def test_int8_linear_leaves_the_head_and_shared_weights():

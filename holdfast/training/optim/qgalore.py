@@ -30,6 +30,7 @@ from holdfast.forms.base import reciprocal
 from holdfast.plan.method import Method, Quality
 from holdfast.training.optim.projector import Projector
 from holdfast.training.optim.state_optimizer import Layout, StateOptimizer, layout_bytes, number
+from holdfast.training.saved.lean import first_order
 
 QUEUE = 5
 MOMENTS = {"m": Blockwise("dynamic8", 256), "v": Blockwise("dynamic8_unsigned", 256)}
@@ -77,7 +78,13 @@ class QGaLoreAdamW(StateOptimizer):
     ):
         self.seed = seed
         self._index: dict[int, int] = {}
-        defaults = {"lr": lr, "rank": rank, "gap": gap, "cos": cos, "growth": growth}
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "rank": rank,
+            "gap": gap,
+            "cos": cos,
+            "growth": growth,
+        }
         defaults |= {"scale": scale, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -107,7 +114,7 @@ class QGaLoreAdamW(StateOptimizer):
 
     @classmethod
     def _layout(cls, shape: tuple[int, ...], rank: int | None) -> Layout:
-        if not projected(shape, rank):
+        if rank is None or not projected(shape, rank):
             return {name: (shape, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
         kept: Layout = {"schedule": ((_COSINES + QUEUE,), torch.float32)}
         for name, (form, size) in cls._forms(shape, rank).items():
@@ -276,6 +283,7 @@ class PackedProduct(torch.autograd.Function):
         return weight.form.matmul(x, weight, bias)
 
     @staticmethod
+    @first_order
     def backward(ctx, gy: Tensor):
         (x,), weight = ctx.saved_tensors, ctx.weight
         need_x, need_weight, need_bias = ctx.needs_input_grad
@@ -296,7 +304,7 @@ class Int8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if bias is None else bias.to(x.dtype)
@@ -307,12 +315,14 @@ def int8_linear(model: nn.Module) -> nn.Module:
     """Write the weights of all nn.Linear but the output head in 8 bits, in place; returns `model`.
 
     They stay trainable as they were, by `QGaLoreAdamW`. Shared weights and layers of other classes
-    are left alone. Do this before the optimizer is made.
+    are left alone. Move and cast the model first: a trainable packed weight stays where and what
+    it is. Make the optimizer afterwards.
 
     Raises:
         UsageError: there is nothing to convert.
     """
-    shared, seen = set(), set()
+    shared: set[int] = set()
+    seen: set[int] = set()
     for _, p in model.named_parameters(remove_duplicate=False):
         (shared if id(p) in seen else seen).add(id(p))
     heads = set(head(model))

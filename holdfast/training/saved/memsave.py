@@ -20,6 +20,7 @@ Calls of `torch.nn.functional` inside other modules are out of reach.
 import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,12 @@ from holdfast.training.saved.lean import (
     swap_classes,
     where_set,
 )
+
+if TYPE_CHECKING:
+    # A mixin here reads the attributes of whatever layer it is mixed into.
+    _Layer: TypeAlias = Any
+else:
+    _Layer = object
 
 _aten = torch.ops.aten
 
@@ -77,7 +84,7 @@ def _convolve(
     return y.squeeze(0) if single else y
 
 
-class _LeanConv:
+class _LeanConv(_Layer):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # PyTorch keeps no more than we would where both gradients are wanted.
         both = x.requires_grad and weight.requires_grad
@@ -93,7 +100,7 @@ class _LeanConv:
         return _convolve(x, weight, bias, self, padding, False, zeros)
 
 
-class _LeanConvTranspose:
+class _LeanConvTranspose(_Layer):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         both = x.requires_grad and self.weight.requires_grad
         if both or not grads_wanted(x, self.weight, self.bias):
@@ -135,7 +142,7 @@ class BatchNormEval(torch.autograd.Function):
         return gx, None, gb, None, None, None
 
 
-class _LeanBatchNorm:
+class _LeanBatchNorm(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         fixed = not self.training and self.running_var is not None
         if not fixed or not grads_wanted(x, self.weight, self.bias):
@@ -162,7 +169,7 @@ class ReLUMask(torch.autograd.Function):
         return where_set(ctx.saved_tensors[0], gy), None
 
 
-class _LeanReLU:
+class _LeanReLU(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not grads_wanted(x):
             return super().forward(x)
@@ -184,7 +191,7 @@ class DropoutMask(torch.autograd.Function):
         return where_set(ctx.saved_tensors[0], gy).mul_(ctx.scale), None
 
 
-class _LeanDropout:
+class _LeanDropout(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1 or not grads_wanted(x):
             return super().forward(x)
@@ -196,7 +203,7 @@ class MaxPoolIndices(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, module: nn.Module, dims: int) -> Tensor:
-        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
+        pool: Callable[..., Any] = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1]
         kernel, stride, padding, dilation = window = tuple(
             _per_dim(getattr(module, name), dims)
             for name in ("kernel_size", "stride", "padding", "dilation")
@@ -253,11 +260,13 @@ def _windows(size, out, window, device) -> tuple[Tensor, Tensor]:
     return corner, steps
 
 
-class _LeanMaxPool:
+class _LeanMaxPool(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         if self.return_indices or not grads_wanted(x):
             return super().forward(x)
-        return MaxPoolIndices.apply(x, self, int(type(self).__name__[-2]))
+        kinds = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+        dims = next(d for d, kind in enumerate(kinds, start=1) if isinstance(self, kind))
+        return MaxPoolIndices.apply(x, self, dims)
 
 
 class RMSNormInput(torch.autograd.Function):
@@ -285,7 +294,7 @@ class RMSNormInput(torch.autograd.Function):
         return gx, gw, None
 
 
-class _LeanRMSNorm:
+class _LeanRMSNorm(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if not grads_wanted(x, weight) or (weight is not None and weight.dtype != x.dtype):
@@ -321,7 +330,7 @@ class GatedProduct(torch.autograd.Function):
         return ggate, gup, None
 
 
-class LeanGatedMLP:
+class LeanGatedMLP(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not grads_wanted(gate, up):
@@ -368,7 +377,7 @@ def _hf_twins() -> dict[tuple, type]:
     }
 
 
-def _mixin_of_hf(kind: type) -> type | None:
+def _mixin_of_hf(kind: Any) -> type | None:
     """The mixin for a class of transformers that computes what a known one of LLaMA or T5 does.
 
     The library copies these classes from model to model under other names, and a few differ in a

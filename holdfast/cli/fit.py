@@ -1,0 +1,83 @@
+"""`holdfast fit`: what fits in a budget, before anything is allocated."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from holdfast import cli
+from holdfast.errors import DoesNotFit
+
+
+def fit(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Built-in name, config.json, directory, cached hub id, module:function."
+        ),
+    ],
+    budget: Annotated[str, typer.Option(help="Bytes, for example 24GiB or device=24GiB,disk=1TB.")],
+    task: Annotated[str, typer.Option(help="finetune or pretrain.")] = "finetune",
+    batch: Annotated[int, typer.Option(help="Sequences in one optimizer step.")] = 1,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    tune: Annotated[
+        str | None,
+        typer.Option(help="full, adapter or any [default: any; full for pretrain]."),
+    ] = None,
+    allow: Annotated[str, typer.Option(help="Worst quality: exact, bounded or lossy.")] = "bounded",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    optimizer: Annotated[str, typer.Option(help="A method's key, or any.")] = "any",
+    adapter: Annotated[str, typer.Option(help="A method's key, or any.")] = "any",
+    hardware: Annotated[
+        str | None, typer.Option(help="Preset or file that time is predicted for.")
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="Device bytes kept free [default: 1GiB on CUDA].")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="Clip the global gradient norm.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Recorded in the plan.")] = 1e-3,
+    out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.yaml"),
+    explain: Annotated[bool, typer.Option("--explain", help="What binds and what helps.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Find what fits a memory budget, exactly, in advance.
+
+    Example: holdfast fit llama-3.1-8b --budget 24GiB --sequence 4096
+    """
+    from holdfast.budget import Budget
+    from holdfast.plan import fit as planner
+    from holdfast.plan import report
+    from holdfast.plan.file import Training
+    from holdfast.units import parse_bytes
+
+    with cli.stdout_is_json(json):
+        request = planner.Request(
+            model,
+            Budget.parse(budget),
+            task=task,
+            batch=batch,
+            sequence=sequence,
+            tune=tune,
+            allow=allow,
+            dtype=dtype,
+            optimizer=optimizer,
+            adapter=adapter,
+            hardware=hardware,
+            reserve=None if reserve is None else parse_bytes(reserve),
+            clip=clip,
+        )
+        fitter = planner.Fitter(request)
+        best = fitter.search(request.budget)
+        if best is None:
+            error = planner.does_not_fit(fitter)
+            if json:
+                cli.print_json(error.details)
+                raise typer.Exit(DoesNotFit.exit_code)
+            raise error
+        plan = planner.to_plan(fitter, best, Training(learning_rate=learning_rate, clip=clip))
+        plan.save(out)
+        front = planner.pareto(fitter, best)
+        if json:
+            cli.print_json(report.document(fitter, best, plan, front))
+            return
+        report.show(fitter, best, plan, front, out, explain=explain)

@@ -1,0 +1,132 @@
+"""How a plan is shown: tables for people, one document for programs."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.ledger import CATEGORIES
+from holdfast.plan import fit
+from holdfast.plan.fit import Candidate, Fitter
+from holdfast.plan.plan import Plan
+from holdfast.units import format_bytes
+
+
+def document(fitter: Fitter, best: Candidate, plan: Plan, front: list[Candidate]) -> dict[str, Any]:
+    """What `fit --json` prints for a plan that fits."""
+    ledger = best.ledger
+    cells = ledger.at_peak("device")
+    return {
+        "fits": True,
+        "plan": plan.spec.model_dump(mode="json"),
+        "predicted": {
+            "peak_bytes": ledger.peak("device"),
+            "by_category": cells,
+            "by_phase": ledger.phase_peaks("device"),
+            "host_bytes": ledger.peak("host"),
+            "disk_bytes": ledger.peak("disk"),
+        },
+        "step_seconds": best.seconds,
+        "quality": best.skeleton.quality.kind,
+        "hardware": fitter.hardware.name,
+        "reserve_bytes": fitter.reserve,
+        "alternatives": [fit.describe(fitter, c) for c in front],
+        "binding": {
+            "category": max(cells, key=lambda c: cells[c]),
+            "phase": ledger.peak_phase("device"),
+        },
+        "relaxations": [],
+    }
+
+
+def show(
+    fitter: Fitter,
+    best: Candidate,
+    plan: Plan,
+    front: list[Candidate],
+    out: Path,
+    *,
+    explain: bool,
+) -> None:
+    """Print the plan, its bytes, and the front of alternatives."""
+    console = Console()
+    spec, budget = plan.spec, fitter.request.budget
+    console.print(
+        f"[bold]{fitter.source.name}[/bold] fits {budget}: "
+        f"peak {format_bytes(best.peak)} in {best.ledger.peak_phase('device')}, "
+        f"{best.seconds:.3g} s per step on {fitter.hardware.name} (predicted)"
+    )
+    if fitter.reserve:
+        console.print(f"{format_bytes(fitter.reserve)} are reserved for context and fragmentation")
+    methods = Table("what", "how", title="Plan", show_header=False)
+    methods.add_row("parameters", " + ".join(_named(spec)))
+    methods.add_row("optimizer", next(iter(spec.methods.optimizer)))
+    methods.add_row(
+        "gradients",
+        "consumed in backward" if spec.methods.gradients == "backward" else "kept until the step",
+    )
+    for path, runs in spec.methods.blocks.items():
+        methods.add_row(path, runs)
+    if spec.accumulation > 1:
+        methods.add_row("accumulation", f"{spec.accumulation} x {spec.micro_batch} sequences")
+    methods.add_row("loss", _loss(spec.methods.loss_chunk))
+    methods.add_row("quality", best.skeleton.quality.kind)
+    console.print(methods)
+    console.print(_bytes_table(plan))
+    table = Table("plan", "peak", "s / step", "quality", title="Pareto front: bytes against time")
+    for candidate in front:
+        chosen = candidate is best
+        blocks = "; ".join(candidate.options().values())
+        table.add_row(
+            ("* " if chosen else "  ") + candidate.skeleton.label() + f" | {blocks}",
+            format_bytes(candidate.peak),
+            f"{candidate.seconds:.3g}",
+            candidate.skeleton.quality.kind,
+        )
+    console.print(table)
+    if explain:
+        _explain(console, fitter, best)
+    console.print(f"wrote {out}; run it with: holdfast train {out} --data PATH")
+
+
+def _named(spec) -> list[str]:
+    parts = [spec.methods.dtype]
+    for choice in (spec.methods.weights, spec.methods.adapter, *spec.methods.saved):
+        if choice:
+            parts.append(next(iter(choice)))
+    return parts
+
+
+def _loss(chunk: int) -> str:
+    return f"in chunks of {chunk} tokens" if chunk else "the model's own"
+
+
+def _bytes_table(plan: Plan) -> Table:
+    ledger = plan.predicted
+    phases = ledger.phases()
+    table = Table("category", *phases, title="Predicted device bytes at each phase's peak")
+    columns = {p: ledger.column("device", p) for p in phases}
+    for category in CATEGORIES:
+        if any(columns[p][category] for p in phases):
+            table.add_row(category, *(format_bytes(columns[p][category]) for p in phases))
+    table.add_row("total", *(format_bytes(sum(columns[p].values())) for p in phases), style="bold")
+    return table
+
+
+def _explain(console: Console, fitter: Fitter, best: Candidate) -> None:
+    cells = best.ledger.at_peak("device")
+    category = max(cells, key=lambda c: cells[c])
+    phase = best.ledger.peak_phase("device")
+    console.print(
+        f"What binds: {category} in {phase}, {format_bytes(cells[category])} of "
+        f"{format_bytes(best.peak)}"
+    )
+    table = Table("method", "saves", "costs", title="What each choice saves and costs")
+    for label, other in fit.without_each(fitter, best):
+        table.add_row(
+            label,
+            format_bytes(other.peak - best.peak),
+            f"{best.seconds - other.seconds:+.3g} s per step",
+        )
+    console.print(table)

@@ -1,0 +1,113 @@
+"""Checkpoints that resume bitwise after a kill at any moment.
+
+A checkpoint is a directory that appears under its name only when it is complete; the one before
+it goes only after that. Tensors are safetensors, the rest is JSON: nothing is unpickled.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from holdfast.errors import HoldfastError
+from holdfast.files import whole_directory, write_tensors
+
+_NAME = re.compile(r"step-(\d{9})")
+
+
+def _kept_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What changes while training: trainable parameters and persistent buffers, ties once."""
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent and not is_traceable_wrapper_subclass(buffer):
+            found[name] = buffer
+    return found
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    state = optimizer.state_dict()
+    tensors, rest = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value
+            else:
+                rest[f"{index}.{name}"] = value
+    return tensors, rest
+
+
+def save(
+    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict
+) -> Path:
+    """Write `root/step-...` and remove older checkpoints once it is in place."""
+    target = root / f"step-{step:09d}"
+    if target.exists():
+        return target
+    tensors = {f"model.{n}": t for n, t in _kept_tensors(model).items()}
+    state_tensors, rest = _flatten(optimizer)
+    tensors |= state_tensors
+    tensors["rng.cpu"] = torch.get_rng_state()
+    for index in range(torch.cuda.device_count()):
+        tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    with whole_directory(target) as partial:
+        write_tensors(partial / "state.safetensors", tensors)
+        document = {"step": step, "optimizer": rest, **extra}
+        (partial / "state.json").write_text(json.dumps(document), encoding="utf-8")
+    for older in _all(root):
+        if older != target:
+            shutil.rmtree(older)
+    return target
+
+
+def _all(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.iterdir() if _NAME.fullmatch(p.name))
+
+
+def latest(root: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = _all(root)
+    return found[-1] if found else None
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore everything in place; returns the JSON part.
+
+    Raises:
+        HoldfastError: the checkpoint does not match the model.
+    """
+    document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    kept = _kept_tensors(model)
+    states: dict[int, dict[str, Any]] = {}
+    with safe_open(str(path / "state.safetensors"), framework="pt") as file, torch.no_grad():
+        names = set(file.keys())
+        missing = {f"model.{n}" for n in kept} - names
+        if missing:
+            raise HoldfastError(
+                f"checkpoint {path} lacks {len(missing)} tensors of the model, "
+                f"for example {sorted(missing)[0]}; it belongs to another plan"
+            )
+        for name, tensor in kept.items():
+            tensor.copy_(file.get_tensor(f"model.{name}"))
+        for name in names:
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                states.setdefault(int(index), {})[key] = file.get_tensor(name).clone()
+        for key, value in document["optimizer"].items():
+            index, name = key.split(".", 1)
+            states.setdefault(int(index), {})[name] = value
+        current = optimizer.state_dict()
+        optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
+        torch.set_rng_state(file.get_tensor("rng.cpu"))
+        for index in range(torch.cuda.device_count()):
+            if f"rng.cuda.{index}" in names:
+                torch.cuda.set_rng_state(file.get_tensor(f"rng.cuda.{index}"), index)
+    return document
