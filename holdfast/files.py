@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -78,7 +79,24 @@ def _write_tensor(file, tensor: Tensor) -> None:
         piece = flat[start : start + _PIECE]
         if piece.device.type != "cpu":
             piece = piece.cpu()  # a bounded piece, on its way to the file
-        file.write(memoryview(piece.numpy()))
+        file.write(piece.numpy().data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace a text file atomically."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def sync_directory(path: Path) -> None:

@@ -5,15 +5,18 @@ Bytes are deterministic, also on a CPU, so a claim about memory is a test. Three
 * `logical`: a dispatch mode follows every storage from the operation that makes it to the moment at
   which its last reference goes. The same step under `FakeTensorMode` gives the same bytes without
   allocating any, which is how plans are predicted.
-* `allocator`: what torch's CPU allocator handed out, kernel workspaces included.
+* `allocator`: what torch's CPU allocator handed out, with what operations do not show: kernel
+  workspaces, copies of the generator's state, Python numbers that are kept for backward.
 * `cuda`: the caching allocator's requested bytes.
 """
 
+import functools
 import gc
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +73,7 @@ class Log:
 
 def _called_by_engine() -> bool:
     """Whether the operation being dispatched is autograd's own, not of a Python function."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_name in _GLUE:
         frame = frame.f_back
     # On a GPU the engine runs in a thread without Python frames.
@@ -217,9 +220,9 @@ class StorageLog(TorchDispatchMode):
     def _tag_survivors(self, since: int, phase: int) -> None:
         for sid in self._ids.values():
             storage = self.log.storages[sid]
-            if storage.born >= since and storage.category == "temporary":
-                if self.log.events[storage.born][2] == phase:
-                    storage.category = "activations"
+            recent = storage.born >= since and self.log.events[storage.born][2] == phase
+            if recent and storage.category == "temporary":
+                storage.category = "activations"
 
     # A module that runs its forward inside backward is being recomputed.
     def _before_forward(self, module, args):
@@ -274,6 +277,8 @@ class StorageLog(TorchDispatchMode):
                 self.stepping = True
                 self._was_backward = False
                 self._region_start = len(self.log.events)
+                # A fused step allocates nothing; what stands during it is still the phase's peak.
+                self.log.events.append((0, 0, STEP))
 
         def after(*_):
             self.stepping = False
@@ -284,6 +289,13 @@ class StorageLog(TorchDispatchMode):
 
     def live_bytes(self) -> int:
         return sum(self.log.storages[sid].nbytes for sid in self._ids.values())
+
+
+@functools.cache
+def _load_dispatcher() -> None:
+    """Import what the first dispatch imports: its frames would keep a step's tensors alive."""
+    with StorageLog():
+        torch.zeros(())
 
 
 def ledger_of(log: Log) -> Ledger:
@@ -358,6 +370,7 @@ class Meter:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def __enter__(self) -> "Meter":
+        _load_dispatcher()
         gc.collect()
         self._gc_was_on = gc.isenabled()
         gc.disable()

@@ -169,7 +169,7 @@ def test_lazy_clones_stay_lazy_and_correct():
 @built
 def test_a_second_block_is_refused_and_meter_uses_the_profiler():
     with AllocatorPeak() as outer:
-        with pytest.raises(UsageError, match="another block is counting.*end it first"):
+        with pytest.raises(UsageError, match=r"another block is counting.*end it first"):
             AllocatorPeak().__enter__()
         with Meter(backend="allocator") as meter:
             torch.empty(100)

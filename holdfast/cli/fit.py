@@ -70,14 +70,17 @@ def fit(
         best = fitter.search(request.budget)
         if best is None:
             error = planner.does_not_fit(fitter)
-            if json:
-                cli.print_json(error.details)
-                raise typer.Exit(DoesNotFit.exit_code)
-            raise error
-        plan = planner.to_plan(fitter, best, Training(learning_rate=learning_rate, clip=clip))
-        plan.save(out)
-        front = planner.pareto(fitter, best)
-        if json:
-            cli.print_json(report.document(fitter, best, plan, front))
-            return
+            if not json:
+                raise error
+            document = error.details
+        else:
+            plan = planner.to_plan(fitter, best, Training(learning_rate=learning_rate, clip=clip))
+            plan.save(out)
+            front = planner.pareto(fitter, best)
+            document = report.document(fitter, best, plan, front)
+    if not json:
         report.show(fitter, best, plan, front, out, explain=explain)
+        return
+    cli.print_json(document)
+    if best is None:
+        raise typer.Exit(DoesNotFit.exit_code)

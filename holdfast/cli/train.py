@@ -59,9 +59,9 @@ def train(
         with show.progress() as on_step:
             run = Run(loaded, settings, out, device=device, overwrite=overwrite, on_step=on_step)
             report = run.run()
-        if json:
-            cli.print_json(report)
-        else:
-            show.report(report, loaded, out)
-        if not report["within_budget"]:
-            raise OverBudget(show.excess(report, loaded))
+    if json:
+        cli.print_json(report)
+    else:
+        show.report(report, loaded, out)
+    if not report["within_budget"]:
+        raise OverBudget(show.excess(report, loaded))

@@ -70,7 +70,7 @@ def set_blocks(model: nn.Module, blocks: dict[str, str], arenas: dict[str, Arena
     for path, runs in blocks.items():
         if path not in known:
             raise UsageError(f"blocks: {path!r} is no list of blocks; known: {', '.join(known)}")
-        members = model.get_submodule(path)
+        members: Any = model.get_submodule(path)
         options = parse_runs(runs)
         if len(options) != len(members):
             raise UsageError(

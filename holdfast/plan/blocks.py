@@ -6,6 +6,8 @@ Every other block takes the record of the kept block that it equals.
 
 from dataclasses import dataclass
 
+from typing import cast
+
 from torch import nn
 
 # Attributes that number a block without changing what it computes.
@@ -90,10 +92,15 @@ def choose_kept(signatures: list[tuple]) -> Stack:
     return Stack("", tuple(kept), tuple(representative))
 
 
+def members(model: nn.Module, path: str) -> list[nn.Module]:
+    """The blocks of the list at `path`."""
+    return list(cast(nn.ModuleList, model.get_submodule(path)))
+
+
 def stacks_of(model: nn.Module) -> list[Stack]:
     stacks = []
     for path in find_stacks(model):
-        chosen = choose_kept([signature(block) for block in model.get_submodule(path)])
+        chosen = choose_kept([signature(block) for block in members(model, path)])
         stacks.append(Stack(path, chosen.kept, chosen.representative))
     return stacks
 
@@ -106,11 +113,9 @@ def whole(stacks: list[Stack]) -> list[Stack]:
 def truncate_(model: nn.Module, stacks: list[Stack]) -> nn.Module:
     """Drop in place the blocks that are not kept."""
     for stack in stacks:
-        blocks = model.get_submodule(stack.path)
-        survivors = [blocks[i] for i in stack.kept]
-        replacement = type(blocks)(survivors) if isinstance(blocks, nn.ModuleList) else None
-        if replacement is None:
-            replacement = nn.Sequential(*survivors)
+        survivors = [members(model, stack.path)[i] for i in stack.kept]
+        listed = isinstance(model.get_submodule(stack.path), nn.ModuleList)
         parent, _, name = stack.path.rpartition(".")
-        setattr(model.get_submodule(parent), name, replacement)
+        shallow = nn.ModuleList(survivors) if listed else nn.Sequential(*survivors)
+        setattr(model.get_submodule(parent), name, shallow)
     return model

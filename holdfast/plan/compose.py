@@ -122,14 +122,14 @@ def summarise(segment: Segment, life: Life, later: bool, update: Callable) -> Su
     peaks: dict[int, dict[int, tuple[int, np.ndarray]]] = {0: {}, 1: {}}
     for code in (0, 1):
         running = np.cumsum(np.where(place == code, change, 0))
-        for name in (FORWARD, BACKWARD):
-            inside = np.flatnonzero(phase == name)
+        for stage in (FORWARD, BACKWARD):
+            inside = np.flatnonzero(phase == stage)
             if not len(inside):
                 continue
             top = inside[np.argmax(running[inside])]
             cells = np.zeros(CELLS, np.int64)
             np.add.at(cells, (place[: top + 1], category[: top + 1]), change[: top + 1])
-            peaks[code][name] = (int(running[top]), cells)
+            peaks[code][stage] = (int(running[top]), cells)
     return Summary(end, peaks, seconds)
 
 
@@ -206,15 +206,15 @@ class Composer:
             if total:
                 column = {c: int(cells[place, i]) for c, i in CATEGORY_CODES.items()}
                 ledger.put(PLACE_NAMES[place], PHASE_NAMES[phase], column)
-        for place, sizes in self.family.moved.items():
+        for elsewhere, sizes in self.family.moved.items():
             moved = sum(
                 sizes[self.family.representative(block)]
                 for block, option in choice.items()
-                if option == place
+                if option == elsewhere
             )
             if moved:
-                for phase in ("forward", "backward"):
-                    ledger[0, place, "activations", phase] = moved
+                for name in ("forward", "backward"):
+                    ledger[0, elsewhere, "activations", name] = moved
         return ledger
 
     def seconds(self, choice: Mapping[tuple[str, int], str]) -> float:

@@ -1,6 +1,7 @@
 """Build a family: trace a model under its global methods, once for each option of a block."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
 from holdfast.meter import Meter, open_storages
 from holdfast.places import Arena
-from holdfast.plan.blocks import stacks_of, truncate_, whole
+from holdfast.plan.blocks import members, stacks_of, truncate_, whole
 from holdfast.plan.compose import Family, UpdateCost, trainables
-from holdfast.plan.trace import fake_step, record, to_fake_
+from holdfast.plan.trace import align_, fake_step, record, to_fake_
 
 OpSeconds = Callable[[int, int, torch.dtype], float]
 
@@ -56,13 +57,13 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
             arenas = {
                 (stack.path, k): apply(block)
                 for stack in stacks
-                for k, block in enumerate(model.get_submodule(stack.path))
+                for k, block in enumerate(members(model, stack.path))
             }
             batch = inputs()
             trace = record(
                 model,
                 stacks,
-                lambda model=model, batch=batch: run(model, batch).backward(),
+                partial(_backward, run, model, batch),
                 inputs=batch,
                 op_seconds=op_seconds,
             )
@@ -73,7 +74,13 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
         if moved:
             family.moved[name] = moved
         family.base["inputs"] = trace.base["inputs"]
+    if all(trace.regular for trace in family.options.values()):
+        align_(list(family.options.values()), stacks)
     return family
+
+
+def _backward(run, model, batch) -> None:
+    run(model, batch).backward()
 
 
 def _persistent(family: Family, model: nn.Module) -> None:
@@ -82,7 +89,7 @@ def _persistent(family: Family, model: nn.Module) -> None:
     times: dict[tuple[str, int], int] = {}
     inside: dict[int, tuple[str, int]] = {}
     for stack in family.stacks:
-        for k, block in enumerate(model.get_submodule(stack.path)):
+        for k, block in enumerate(members(model, stack.path)):
             times[stack.path, k] = stack.representative.count(k)
             for tensor in (*block.parameters(), *block.buffers()):
                 inside.setdefault(id(tensor), (stack.path, k))
@@ -93,11 +100,11 @@ def _persistent(family: Family, model: nn.Module) -> None:
         ("buffers", list(model.buffers())),
     ):
         for tensor in tensors:
-            block = inside.get(id(tensor))
-            count = times[block] if block else 1
+            home = inside.get(id(tensor))
+            count = times[home] if home else 1
             for storage in open_storages(tensor):
                 if storage._cdata not in owner:
-                    owner[storage._cdata] = block
+                    owner[storage._cdata] = home
                     family.base[category] += count * storage.nbytes()
             if tensor.requires_grad:
                 shapes.append((tuple(tensor.shape), tensor.dtype, count))

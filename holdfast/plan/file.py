@@ -19,7 +19,6 @@ predicted                     peak_bytes, step_seconds and the ledger
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +27,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from holdfast.budget import PLACES
 from holdfast.errors import UsageError
+from holdfast.files import write_text
 from holdfast.units import format_bytes, parse_bytes
 
 Choice = dict[str, dict[str, Any]]
@@ -68,7 +68,7 @@ class Methods(_Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     weights: Choice | None = None
     adapter: Choice | None = None
-    optimizer: Choice = Field(default_factory=lambda: {"adamw": {}})
+    optimizer: Choice = Field(default={"adamw": {}})
     gradients: Literal["step", "backward"] = "step"
     saved: list[Choice] = Field(default_factory=list)
     loss_chunk: Annotated[int, Field(ge=0)] = 0
@@ -113,7 +113,7 @@ class PlanFile(_Strict):
     def _checked(self):
         if self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
-        if not self.budget.get("device"):
+        if not self.budget.get("device", 0):
             raise ValueError("budget leaves no device bytes; write for example device: 24GiB")
         if self.methods.gradients == "backward":
             if self.micro_batch != self.batch:
@@ -170,27 +170,10 @@ def _explain(error: ValidationError) -> str:
 def write(plan: PlanFile, path: str | os.PathLike[str]) -> None:
     """Write atomically; sizes are written for people where that loses nothing."""
     content = plan.model_dump(mode="json")
-    content["budget"] = {p: plan.budget[p] for p in PLACES if plan.budget.get(p)}  # type: ignore[index]
+    content["budget"] = {p: n for p in PLACES for q, n in plan.budget.items() if p == q and n}
     text = yaml.safe_dump(content, sort_keys=False, width=100)
     comments = ", ".join(f"{p} {format_bytes(v)}" for p, v in content["budget"].items())
     text = (
         f"# A plan of Holdfast for {comments}; edit it freely, it is validated when read.\n{text}"
     )
     write_text(path, text)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a text file atomically."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

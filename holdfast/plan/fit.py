@@ -5,6 +5,7 @@ least predicted time; least bytes on the host. Global choices are a branch and b
 skeletons, choices per block a mixed-integer program.
 """
 
+import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,7 @@ class Fitter:
     request: Request
     source: ModelSource = field(init=False)
     hardware: Hardware = field(init=False)
-    _families: dict[tuple[Globals, int], Family] = field(default_factory=dict)
+    _families: dict[tuple, Family] = field(default_factory=dict)
     _problems: dict[tuple[Skeleton, int], tuple[Composer, Problem]] = field(default_factory=dict)
     _updates: dict[tuple[str, str], UpdateCosts] = field(default_factory=dict)
 
@@ -190,10 +191,14 @@ class Fitter:
     def skeleton_model(self) -> nn.Module:
         return self.source.build("meta", torch.float32)
 
+    @property
+    def _stored_dtype(self) -> str:
+        return str(getattr(self.source.config, "dtype", None) or "").removeprefix("torch.")
+
     @cached_property
     def dtypes(self) -> list[tuple[str, Quality, Quality]]:
         """(dtype, quality when everything trains, quality when only an adapter trains)."""
-        stored = str(getattr(self.source.config, "dtype", None) or "").removeprefix("torch.")
+        stored = self._stored_dtype
         known = {
             "float32": ("float32", EXACT, EXACT),
             "bfloat16": ("bfloat16", BF16, EXACT if stored == "bfloat16" else BF16),
@@ -205,7 +210,8 @@ class Fitter:
     def chunk(self) -> int:
         if can_chunk(self.skeleton_model) is not None:
             return 0
-        vocabulary = self.skeleton_model.get_output_embeddings().weight.shape[0]
+        head: Any = self.skeleton_model
+        vocabulary = head.get_output_embeddings().weight.shape[0]
         return max(64, min(4096, CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
 
     def _applies(self, key: str) -> bool:
@@ -247,6 +253,9 @@ class Fitter:
             ):
                 if form is not None and adapter is None:
                     continue  # integer weights do not train
+                if adapter and request.dtype == "auto" and dtype != "bfloat16":
+                    if self._stored_dtype == "bfloat16":
+                        continue  # frozen weights hold no more than their file does
                 keys = [k for k in (adapter, form, optimizer, *saved) if k]
                 if _refusal(keys):
                     continue
@@ -286,11 +295,22 @@ class Fitter:
         )
 
     def family(self, common: Globals) -> Family:
-        sequence = self.request.sequence
-        found = self._families.get((common, sequence))
-        if found is None:
-            found = self._families[common, sequence] = self._trace(common, sequence)
-        return found
+        key = self._family_key(common)
+        if key not in self._families:
+            self._families[key] = self._trace(common, self.request.sequence)
+        return self._families[key]
+
+    def _family_key(self, common: Globals) -> tuple:
+        return (common, self.request.sequence, tuple(self._block_options()))
+
+    def relaxed(self, **changes: Any) -> "Fitter":
+        """A fitter for a changed request that shares the model and the traces made so far."""
+        other = copy.copy(self)
+        other.request = replace(self.request, **changes)
+        other._problems = {}
+        for derived in ("_skeletons", "dtypes"):
+            other.__dict__.pop(derived, None)
+        return other
 
     def _trace(self, common: Globals, sequence: int) -> Family:
         dtype = getattr(torch, common.dtype)
@@ -357,22 +377,31 @@ class Fitter:
             self._updates[key] = UpdateCosts(make, self.hardware.seconds)
         return self._updates[key]
 
+    @cached_property
+    def _dense_elements(self) -> int:
+        ends = ("get_input_embeddings", "get_output_embeddings")
+        found: list[Any] = [getattr(self.skeleton_model, n, lambda: None)() for n in ends]
+        weights = {id(m.weight): m.weight.numel() for m in found if m is not None}
+        return sum(weights.values())
+
     def least_bytes(self, skeleton: Skeleton) -> int:
         """A lower bound without a trace: full parameters in their dtype, and their states."""
         common = skeleton.globals
         size = getattr(torch, common.dtype).itemsize
         count = sum(p.numel() for p in self.skeleton_model.parameters())
         if common.adapter:
-            # Integer weights keep embeddings and norms dense, so bits per element bound them.
-            dense = 3 if common.adapter == "peqa" else 8 * size
-            return count * {"int4": 4, "int8": 8}.get(common.weights or "", dense) // 8
+            # Integer weights keep the embeddings and the head dense.
+            bits = {"int4": 4, "int8": 8}.get(common.weights or "", 8 * size)
+            bits = 3 if common.adapter == "peqa" else bits
+            dense = min(self._dense_elements, count)
+            return dense * size + (count - dense) * bits // 8
         gradients = 0 if skeleton.in_backward else size * count
-        bits = methods()[skeleton.optimizer].state_bytes
+        state_bytes = methods()[skeleton.optimizer].state_bytes
         states = 0
-        if bits is not None:
+        if state_bytes is not None:
             knobs = methods()[skeleton.optimizer].defaults()
             states = sum(
-                bits(tuple(p.shape), getattr(torch, common.dtype), **knobs)
+                state_bytes(tuple(p.shape), getattr(torch, common.dtype), **knobs)
                 for p in self.skeleton_model.parameters()
             )
         return size * count + gradients + states
@@ -380,7 +409,7 @@ class Fitter:
     def _least_seconds(self, skeleton: Skeleton) -> float:
         """A lower bound without a trace: saving less and splitting a batch never save time."""
         plain = replace(skeleton.globals, saved=(), micro=self.request.batch)
-        if (plain, self.request.sequence) not in self._families:
+        if self._family_key(plain) not in self._families:
             return 0.0
         composer, _ = self.problem(replace(skeleton, globals=plain))
         return Problem(composer, ["keep"]).least_seconds()
@@ -410,13 +439,31 @@ class Fitter:
 
     def smallest(self, allow: str | None = None) -> Candidate:
         """The plan with the fewest device bytes up to a quality."""
-        best: Candidate | None = None
-        for skeleton in sorted(self.skeletons(allow), key=self.least_bytes):
-            if best is not None and self.least_bytes(skeleton) >= best.peak:
+        budget = self.request.budget
+        rough: list[Candidate] = []
+        skeletons = self.skeletons(allow)
+        narrow = {replace(s, quality=EXACT) for s in skeletons if s.globals.dtype == "bfloat16"}
+        for skeleton in sorted(skeletons, key=self.least_bytes):
+            half = replace(skeleton.globals, dtype="bfloat16")
+            if skeleton.globals.dtype != "bfloat16" and (
+                replace(skeleton, globals=half, quality=EXACT) in narrow
+            ):
+                continue  # the same plan in half the bytes is allowed
+            low = min((c.peak for c in rough), default=UNBOUNDED)
+            if self.least_bytes(skeleton) >= low:
                 continue
             composer, problem = self.problem(skeleton)
-            solution = problem.smallest(self.request.budget)
-            candidate = Candidate(skeleton, composer, problem, solution)
+            solution = problem.smallest_uniform(budget)
+            rough.append(Candidate(skeleton, composer, problem, solution))
+        low = min((c.peak for c in rough), default=0)
+        best: Candidate | None = None
+        for candidate in sorted(rough, key=lambda c: c.peak):
+            # Mixing options gains a little over the best uniform choice, never much.
+            if candidate.problem.least_peak() >= low or candidate.peak > 1.05 * low:
+                if best is not None:
+                    continue
+            solution = candidate.problem.smallest(budget)
+            candidate = replace(candidate, solution=solution)
             if best is None or candidate.peak < best.peak:
                 best = candidate
         if best is None:
@@ -437,16 +484,12 @@ def _refusal(keys: list[str]) -> str | None:
         for needed, reason in one.requires.items():
             if needed not in keys:
                 return f"{one.key} needs {needed}: {reason}"
-    for one, other in itertools.combinations(chosen, 2):
-        shared = one.writes & other.writes
+    for one, two in itertools.combinations(chosen, 2):
+        shared = one.writes & two.writes
         if shared:
             category, what = sorted(shared)[0]
-            return f"{one.key} and {other.key} both write the {what} of {category}"
+            return f"{one.key} and {two.key} both write the {what} of {category}"
     return None
-
-
-def _by_category(ledger: Ledger) -> dict[str, int]:
-    return {c: n for c, n in ledger.at_peak("device").items() if n}
 
 
 def to_plan(fitter: Fitter, candidate: Candidate, training: Training | None = None) -> Plan:
@@ -514,9 +557,9 @@ def pareto(fitter: Fitter, best: Candidate, points: int = 6) -> list[Candidate]:
         budget = replace(fitter.request.budget, device=cap)
         for candidate in sorted(lows, key=lambda c: c.seconds)[:3]:
             if candidate.peak <= cap:
-                solution = candidate.problem.fastest(budget)
-                if solution is not None:
-                    found.append(replace(candidate, solution=solution))
+                faster = candidate.problem.fastest(budget)
+                if faster is not None:
+                    found.append(replace(candidate, solution=faster))
     front: list[Candidate] = []
     for candidate in sorted(found, key=lambda c: (c.peak, c.seconds)):
         if not front or candidate.seconds < front[-1].seconds:
@@ -538,9 +581,15 @@ class Relaxation:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Budget):
-        caps = [f"{p}={getattr(value, p)}" for p in PLACES if getattr(value, p)]
-        return str(value.device) if len(caps) == 1 else ",".join(caps)
+        caps = [f"{p}={_size(n)}" for p in PLACES if (n := getattr(value, p))]
+        return _size(value.device) if len(caps) == 1 else ",".join(caps)
     return str(value)
+
+
+def _size(nbytes: int) -> str:
+    """Rounded up by at most 0.1 %, so that what is printed fits and is still the smallest."""
+    unit, name = (2**20, "MiB") if nbytes >= 2**30 else (2**10, "KiB")
+    return f"{-(-nbytes // unit)}{name}"
 
 
 def relaxations(fitter: Fitter, count: int = 3) -> list[Relaxation]:
@@ -555,12 +604,11 @@ def relaxations(fitter: Fitter, count: int = 3) -> list[Relaxation]:
     def offer(**changes: Any) -> bool:
         if len(found) >= count:
             return True
-        other = Fitter(replace(request, **changes))
+        other = fitter.relaxed(**changes)
         best = other.search(other.request.budget)
         if best is None:
             return False
-        shown = {k: v for k, v in changes.items()}
-        found.append(Relaxation(shown, best.peak, best.seconds))
+        found.append(Relaxation(changes, best.peak, best.seconds))
         return True
 
     on_gpu = fitter.hardware.device.kind == "cuda"
@@ -575,23 +623,27 @@ def relaxations(fitter: Fitter, count: int = 3) -> list[Relaxation]:
     for worse in QUALITIES[QUALITIES.index(request.allow) + 1 :]:
         if offer(allow=worse):
             break
-    for shorter in (request.sequence // 2, request.sequence // 4, request.sequence // 8):
-        if shorter >= 128 and offer(sequence=shorter):
+    shorter = [n for n in (request.sequence // 2, request.sequence // 4) if n >= 16]
+    for sequence in shorter:
+        if offer(sequence=sequence):
             break
     if request.batch > 1:
         offer(batch=1)
-    if len(found) < count:
-        for changes in (
-            {"allow": "lossy"},
-            {"sequence": max(128, request.sequence // 4)},
-            {"sequence": max(128, request.sequence // 2)},
-        ):
-            if len(found) >= count:
-                break
-            other = Fitter(replace(request, **changes))
-            smallest = other.smallest()
-            needed = smallest_budget(other, smallest)
-            offer(**changes, budget=replace(budget, device=needed))
+    pairs: list[dict[str, Any]] = [{"sequence": n} for n in shorter]
+    if request.allow != "lossy":
+        pairs = [{"allow": "lossy"}, *pairs, *({"allow": "lossy"} | p for p in pairs)]
+    if request.batch > 1:
+        pairs.append({"batch": 1})
+    for changes in pairs:
+        if len(found) >= count:
+            break
+        other = fitter.relaxed(**changes)
+        smallest = other.smallest()
+        needed = smallest_budget(other, smallest)
+        if needed < fitter.request.budget.device:
+            continue  # offered above, without a larger budget
+        larger = {**changes, "budget": replace(budget, device=needed)}
+        found.append(Relaxation(larger, smallest.peak, smallest.seconds))
     return found
 
 

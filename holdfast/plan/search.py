@@ -66,7 +66,8 @@ class Problem:
             constants.append(int(composer.base(later=True)[0].sum()) + composer.scratch)
         self.rows = np.array(rows)
         self.constants = np.array(constants)
-        self.costs = np.array([[self._seconds(b, o) for o in options] for b in self.blocks])
+        costs = [[self._seconds(b, o) for o in options] for b in self.blocks]
+        self.costs = np.array(costs).reshape(count, width)
         self.fixed_seconds = composer.seconds(composer.uniform(plain)) - self.costs[:, 0].sum()
         family = composer.family
         self.moved = {
@@ -117,11 +118,19 @@ class Problem:
     def fits(self, choice: Mapping[Block, str], budget: Budget) -> bool:
         return self.peak(choice) <= budget.device and self._room(choice, budget)
 
+    def least_peak(self) -> int:
+        """A bound: every instant with each block at its fewest bytes."""
+        count, width = len(self.blocks), len(self.options)
+        fewest = self.rows.reshape(len(self.rows), count, width).min(axis=2).sum(axis=1)
+        return int((self.constants + fewest).max())
+
     def fastest(self, budget: Budget) -> Solution | None:
         """Least predicted seconds within the budget; None where nothing fits."""
         if self.constants.size and not self.blocks:
             fits = int(self.constants.max()) <= budget.device
             return Solution({}, self.fixed_seconds, True) if fits else None
+        if self.least_peak() > budget.device:
+            return None
         quick = {b: self.options[i] for b, i in zip(self.blocks, self.costs.argmin(1), strict=True)}
         if self.fits(quick, budget):
             return Solution(quick, self.seconds(quick), True)
@@ -138,13 +147,19 @@ class Problem:
             limit -= max(excess, 1) * 2
         return None
 
+    def smallest_uniform(self, budget: Budget) -> Solution:
+        """Least device bytes with all blocks alike."""
+        uniform = [self.composer.uniform(option) for option in self.options]
+        best = min((c for c in uniform if self._room(c, budget)), key=self.peak)
+        return Solution(best, self.seconds(best), False)
+
     def smallest(self, budget: Budget) -> Solution:
         """Least device bytes, within the solver's gap of 0.2 %; other places as in `budget`."""
         if not self.blocks:
             return Solution({}, self.fixed_seconds, True)
-        uniform = [self.composer.uniform(option) for option in self.options]
-        allowed = [c for c in uniform if self._room(c, budget)]
-        best = min(allowed, key=self.peak)
+        best = self.smallest_uniform(budget).choice
+        if self.peak(best) <= self.least_peak():
+            return Solution(best, self.seconds(best), True)
         answer = self._solve(None, self.peak(best), budget)
         proved = answer is not None and answer[1]
         if answer is not None and self._room(answer[0], budget):
@@ -155,10 +170,9 @@ class Problem:
         """Minimise `costs`, or the peak where costs are None."""
         count, width = len(self.blocks), len(self.options)
         size = count * width
-        minimise_peak = costs is None
-        extra = 1 if minimise_peak else 0
+        extra = 1 if costs is None else 0
         objective = np.zeros(size + extra)
-        if minimise_peak:
+        if costs is None:
             objective[-1] = 1.0
         else:
             scale = max(float(np.abs(costs).max()), 1e-12)
@@ -171,7 +185,7 @@ class Problem:
             one[i, i * width : (i + 1) * width] = 1
         bytes_rows = np.zeros((len(self.rows), size + extra))
         bytes_rows[:, :size] = self.rows / MIB
-        if minimise_peak:
+        if costs is None:
             bytes_rows[:, -1] = -1
             upper = -self.constants / MIB
         else:
@@ -182,14 +196,14 @@ class Problem:
             row[0, :size] = sizes.reshape(-1) / MIB
             constraints.append(LinearConstraint(row, -np.inf, getattr(budget, place) / MIB))
         high = np.ones(size + extra)
-        if minimise_peak:
+        if costs is None:
             high[-1] = limit / MIB
         result = milp(
             objective,
             constraints=constraints,
             integrality=np.r_[np.ones(size), np.zeros(extra)],
             bounds=Bounds(0, high),
-            options={"time_limit": TIME_LIMIT, "mip_rel_gap": 2e-3 if minimise_peak else 1e-6},
+            options={"time_limit": TIME_LIMIT, "mip_rel_gap": 2e-3 if costs is None else 1e-6},
         )
         if result.x is None:
             return None

@@ -8,8 +8,8 @@ consumption of gradients in the backward pass and the optimizer's step are edits
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
-from holdfast.meter import StorageLog, open_storages
-from holdfast.plan.blocks import Stack
+from holdfast.meter import BACKWARD, FORWARD, StorageLog, open_storages
+from holdfast.plan.blocks import Stack, members
 
 PLACE_CODES = {"device": 0, "host": 1}
 CATEGORY_CODES = {name: i for i, name in enumerate(CATEGORIES)}
@@ -75,7 +75,7 @@ def to_fake_(model: nn.Module, device: str = "cpu") -> nn.Module:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = fake(parameter)
+                module._parameters[name] = cast(nn.Parameter, fake(parameter))
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = fake(buffer)
@@ -99,7 +99,10 @@ class GradientMark:
 
 @dataclass
 class Segment:
-    """Events between two marks: category, place, phase codes and byte changes, in order."""
+    """Events between two marks: category, place, phase codes and byte changes, in order.
+
+    `shared` says at which event a tensor that enters several blocks is freed.
+    """
 
     category: np.ndarray
     place: np.ndarray
@@ -109,9 +112,29 @@ class Segment:
     seconds: float = 0.0
     flops: int = 0
     moved: int = 0
+    shared: dict["Use", int] = field(default_factory=dict)
+
+    def pop(self, at: int) -> tuple[int, int, int, int]:
+        """Remove one event: category, place, phase, change."""
+        event = self.category[at], self.place[at], self.phase[at], self.change[at]
+        for name in ("category", "place", "phase", "change"):
+            setattr(self, name, np.delete(getattr(self, name), at))
+        self.gradients = [
+            replace(mark, position=mark.position - (mark.position > at)) for mark in self.gradients
+        ]
+        self.shared = {use: other - (other > at) for use, other in self.shared.items()}
+        return event
+
+    def append(self, category: int, place: int, phase: int, change: int) -> None:
+        self.category = np.append(self.category, np.int8(category))
+        self.place = np.append(self.place, np.int8(place))
+        self.phase = np.append(self.phase, np.int8(phase))
+        self.change = np.append(self.change, np.int64(change))
 
 
 Key = tuple[str, str, int]
+# The first block that a tensor enters, and its position among that block's inputs.
+Use = tuple[str, int, int]
 
 
 @dataclass
@@ -136,6 +159,14 @@ class _Recorder(StorageLog):
         self.cuts: list[tuple[int, Key]] = []
         self.costs: dict[Key, list[float]] = {}
         self.gradients: dict[Key, list[tuple[int, str]]] = {}
+        self.uses: dict[int, list[Use]] = {}
+
+    def use(self, path: str, k: int, inputs: Any) -> None:
+        """Note which storages enter block k."""
+        for position, storage in enumerate(open_storages(inputs)):
+            sid = self.id_of(storage)
+            if sid is not None:
+                self.uses.setdefault(sid, []).append((path, k, position))
 
     def open_segment(self, key: Key) -> None:
         self.cuts.append((len(self.log.events), key))
@@ -223,13 +254,14 @@ def _first_grad_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _mark_blocks(model: nn.Module, stacks: list[Stack], recorder: StorageLog) -> list:
+def _mark_blocks(model: nn.Module, stacks: list[Stack], recorder: _Recorder) -> list:
     handles = []
     for stack in stacks:
-        for k, block in enumerate(model.get_submodule(stack.path)):
+        for k, block in enumerate(members(model, stack.path)):
 
             def before(module, args, kwargs, stack=stack, k=k):
                 recorder.mark("F", (stack.path, k))
+                recorder.use(stack.path, k, (args, kwargs))
                 entering = _first_grad_tensor((args, kwargs))
                 if k == 0 and entering is not None:
                     entering.register_hook(lambda g, s=stack: recorder.mark("tail", (s.path, 0)))
@@ -252,6 +284,9 @@ def _cut(recorder: _Recorder, stacks: list[Stack], parameters: dict[str, nn.Para
     base = dict.fromkeys(CATEGORIES, 0)
     for sid, change, _ in log.events[: starts[0]]:
         base[log.storages[sid].category] += change
+    shared = {
+        sid: uses[0] for sid, uses in recorder.uses.items() if len({use[:2] for use in uses}) > 1
+    }
     segments: dict[Key, Segment] = {}
     for key, first, last in zip(order, starts, [*starts[1:], len(log.events)], strict=True):
         events = log.events[first:last]
@@ -266,6 +301,11 @@ def _cut(recorder: _Recorder, stacks: list[Stack], parameters: dict[str, nn.Para
             seconds,
             int(flops),
             int(moved),
+            {
+                shared[sid]: at
+                for at, (sid, change, _) in enumerate(events)
+                if sid in shared and change < 0
+            },
         )
     return Trace(order, segments, base, _regular(order, stacks))
 
@@ -293,6 +333,38 @@ def _regular(order: list[Key], stacks: list[Stack]) -> bool:
                 if order[at : at + len(run)] != run:
                     return False
     return True
+
+
+def align_(traces: list[Trace], stacks: list[Stack]) -> None:
+    """Free tensors that several blocks share at one place under all options, in place.
+
+    A mask that every block reads is freed early where blocks keep what they need, and late where
+    they run again. In a mixture it lives as long as under the longest option, and where a block
+    stands for several it is freed once: after the stack's last block forward, or first backward.
+    """
+    order = traces[0].order
+    last = {stack.path: len(stack.kept) - 1 for stack in stacks}
+    stands_for = {
+        (stack.path, k): stack.representative.count(k)
+        for stack in stacks
+        for k in range(len(stack.kept))
+    }
+    found: dict[Use, list[tuple[Trace, Key]]] = {}
+    for trace in traces:
+        for key in order:
+            for use in trace.segments[key].shared:
+                found.setdefault(use, []).append((trace, key))
+    for use, places in found.items():
+        target = max((key for _, key in places), key=order.index)
+        name, path, k = target
+        if name in ("F", "end", "B") and stands_for[path, k] > 1:
+            target = ("B", path, 0) if name == "B" else ("end", path, last[path])
+        for trace, key in places:
+            if key != target:
+                segment = trace.segments[key]
+                category, place, _, change = segment.pop(segment.shared.pop(use))
+                phase = FORWARD if target[0] in ("F", "end", "prologue") else BACKWARD
+                trace.segments[target].append(category, place, phase, change)
 
 
 def expand(trace: Trace, stacks: list[Stack]) -> list[tuple[Key, Key]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from holdfast.errors import HoldfastError
-from holdfast.files import whole_directory, write_tensors
+from holdfast.files import whole_directory, write_tensors, write_text
 
 _NAME = re.compile(r"step-(\d{9})")
 
@@ -56,10 +56,11 @@ def save(
     tensors["rng.cpu"] = torch.get_rng_state()
     for index in range(torch.cuda.device_count()):
         tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    # Sorted, because a state that was loaded lies in another order than one that grew.
+    document = json.dumps({"step": step, "optimizer": rest, **extra}, sort_keys=True)
     with whole_directory(target) as partial:
-        write_tensors(partial / "state.safetensors", tensors)
-        document = {"step": step, "optimizer": rest, **extra}
-        (partial / "state.json").write_text(json.dumps(document), encoding="utf-8")
+        write_tensors(partial / "state.safetensors", dict(sorted(tensors.items())))
+        write_text(partial / "state.json", document)
     for older in _all(root):
         if older != target:
             shutil.rmtree(older)

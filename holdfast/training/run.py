@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.ledger import Ledger
+from holdfast.files import write_text
 from holdfast.host import PeakRss
+from holdfast.ledger import Ledger
 from holdfast.meter import Meter
 from holdfast.native.allocator import WholeRunPeak
-from holdfast.plan.file import write_text
 from holdfast.plan.models import ModelSource, loss_of, resolve
 from holdfast.plan.plan import Plan
 from holdfast.training import adapters, checkpoint
@@ -176,8 +177,8 @@ class Run:
                         "began with, name another --out, or start over with --overwrite"
                     )
             return
-        write_text(path, json.dumps(document, indent=1) + "\n")
         self.plan.save(self.out / PLAN)
+        write_text(path, json.dumps(document, indent=1) + "\n")
 
     def _train(self, data: Dataset) -> None:
         spec = self.plan.spec
@@ -203,11 +204,16 @@ class Run:
                 self.step += 1
                 if not metered:
                     self.step_seconds.append(entry["seconds"])
-                entry |= self._after_step(data, first)
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
                 self.losses.setdefault("first", entry["loss"])
                 self.losses["last"] = entry["loss"]
+                if self._due(self.settings.validate_every) and len(data.validation):
+                    entry["validation_loss"] = self._windowed("validation", self._validate, data)
+                    self.losses["validation"] = entry["validation_loss"]
+                # The line before the checkpoint: resuming drops lines, it cannot invent one.
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                if self._due(self.settings.checkpoint_every):
+                    self._windowed("checkpoint", self._save)
                 if self.on_step is not None:
                     self.on_step({**entry, "steps": self.steps})
         self._export()
@@ -273,17 +279,8 @@ class Run:
             mean += value * weight
         return mean
 
-    def _after_step(self, data: Dataset, first: int) -> dict[str, Any]:
-        settings, result = self.settings, {}
-        last = self.step == self.steps
-        every = settings.validate_every
-        if len(data.validation) and (last or (every and self.step % every == 0)):
-            result["validation_loss"] = self._windowed("validation", self._validate, data)
-            self.losses["validation"] = result["validation_loss"]
-        every = settings.checkpoint_every
-        if last or (every and self.step % every == 0):
-            self._windowed("checkpoint", self._save)
-        return result
+    def _due(self, every: int) -> bool:
+        return self.step == self.steps or bool(every and self.step % every == 0)
 
     def _windowed(self, name: str, function: Callable, *args):
         """Measure the first call of each kind."""
@@ -327,6 +324,7 @@ class Run:
         else:
             if has_adapter:
                 adapters.merge(self.model)
+            logging.disable_progress_bar()
             self.model.save_pretrained(self.out)
         self.tokenizer.save_pretrained(self.out)
 

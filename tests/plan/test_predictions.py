@@ -17,12 +17,15 @@ from holdfast.ledger import Ledger
 from holdfast.meter import Meter
 from holdfast.places import DiskArena
 from holdfast.plan import apply
+from holdfast.plan.blocks import stacks_of
 from holdfast.plan.compose import Composer, Family, Life
 from holdfast.plan.family import UpdateCosts, trace_family
 from holdfast.plan.file import Methods, parse_runs
 from holdfast.plan.models import ModelSource, loss_of, resolve
 
 ROOM = 2**40
+# The allocator also sees workspaces of attention kernels and copies of the generator's state.
+WITHIN = 0.01
 
 
 class Residual(nn.Module):
@@ -105,8 +108,7 @@ STABLE = _decoder("stablelm", 8, num_key_value_heads=4)
 
 @dataclass(frozen=True)
 class Case:
-    """`blocks` are runs as in a plan file, for every stack alike or by path; `within` is the
-    relative error that the total may have, larger only where `why` says what is not seen."""
+    """`blocks` as in a plan file: path of a stack -> runs; blocks that are not named keep."""
 
     model: dict[str, Any] | Callable[[], nn.Module]
     methods: dict[str, Any] = field(default_factory=dict)
@@ -114,8 +116,6 @@ class Case:
     batch: int = 2
     sequence: int = 128
     accumulation: int = 1
-    within: float = 0.01
-    why: str = ""
 
     @property
     def source(self) -> ModelSource:
@@ -145,20 +145,12 @@ CASES = {
     "bert-for-loop": Case(BERT, {"optimizer": {"adamw": {"fused": False}}}),
     "bert-memsave-lora": Case(BERT, {**LORA, "saved": [{"memsave": {}}]}),
     "vit-recompute": Case(VIT, blocks={"vit.layers": "recompute*8"}, batch=4),
-    "t5-mixed": Case(T5, BACKWARD, {"encoder.block": "keep*2 recompute*4"}),
-    "t5-mixed2": Case(
+    "t5-mixed": Case(
         T5, {}, {"encoder.block": "recompute*4 keep*2", "decoder.block": "recompute*2 keep*3"}
     ),
-    "t5-mixed3": Case(
-        T5,
-        BACKWARD,
-        {"encoder.block": "recompute keep*4 recompute", "decoder.block": "recompute*4 keep*1"},
-    ),
-    "llama-mixed2": Case(LLAMA, {"loss_chunk": 64}, {LAYERS: "keep*3 recompute*4 keep"}),
-    "llama-mixed3": Case(LLAMA, {"loss_chunk": 64}, {LAYERS: "keep*3 recompute*5"}),
-    "gemma-mixed3": Case(GEMMA, {"loss_chunk": 64}, {LAYERS: "keep*3 recompute*5"}),
-    "gemma-mixed2": Case(GEMMA, {"loss_chunk": 64}, {LAYERS: "recompute*3 keep*5"}),
-    "gemma2-accumulate-backward": Case(GEMMA, {"loss_chunk": 64}, accumulation=2),
+    "t5-mixed-backward": Case(T5, BACKWARD, {"encoder.block": "keep*2 recompute*4"}),
+    "gemma2-mixed": Case(GEMMA, blocks={LAYERS: "recompute*3 keep*5"}),
+    "gemma2-accumulate-chunked": Case(GEMMA, {"loss_chunk": 64}, accumulation=2),
     "qwen3-bf16": Case(QWEN, {"dtype": "bfloat16"}),
     "neox-recompute-backward": Case(NEOX, BACKWARD, {"gpt_neox.layers": "keep*4 recompute*4"}),
     "falcon-sgd": Case(FALCON, {"optimizer": {"sgd": {"momentum": 0.9}}}),
@@ -205,50 +197,60 @@ def predict(case: Case) -> tuple[Family, Ledger]:
     return family, composer.ledger(choice)
 
 
-def measure(case: Case) -> tuple[Meter, Meter, dict[str, DiskArena]]:
+def measure(case: Case) -> tuple[Meter, Meter, DiskArena]:
     """One step at full depth, by both backends, after a step that warms up."""
     source, planned = case.source, case.planned
     dtype = getattr(torch, planned.dtype)
     model = apply.prepare(source.build("cpu", dtype), planned)
-    arenas = {"disk": DiskArena(ROOM)}
-    apply.set_blocks(model, planned.blocks, arenas)
+    disk = DiskArena(ROOM)
+    apply.set_blocks(model, planned.blocks, {"disk": disk})
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = apply.make_optimizer(named, planned, 1e-3, 0.0)
-    batch = source.example_inputs(case.batch, case.sequence, "cpu", dtype)
+    batches = [
+        source.example_inputs(case.batch, case.sequence, "cpu", dtype)
+        for _ in range(case.accumulation)
+    ]
 
     def step():
-        for _ in range(case.accumulation):
+        for batch in batches:
             loss_of(model(**batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     step()
-    with Meter(model, optimizer, inputs=batch) as logical:
+    with Meter(model, optimizer, inputs=batches) as logical:
         step()
-    with Meter(model, optimizer, inputs=batch, backend="allocator") as allocator:
+    with Meter(model, optimizer, inputs=batches, backend="allocator") as allocator:
         step()
-    return logical, allocator, arenas
+    return logical, allocator, disk
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_prediction_equals_measurement(name):
     case = CASES[name]
-    family, predicted = predict(case)
-    logical, allocator, arenas = measure(case)
+    _, predicted = predict(case)
+    logical, allocator, disk = measure(case)
     phase = logical.ledger.peak_phase()
     assert predicted.peak_phase() == phase
     for category in ("parameters", "gradients", "optimizer"):
         cell = (0, "device", category, phase)
         assert predicted[cell] == logical.ledger[cell], category
-    assert all(len(stack.kept) <= 3 for stack in family.stacks)
     for measured in (logical.peak, allocator.peak):
-        assert predicted.peak() == pytest.approx(measured, rel=case.within)
-    if "disk" in predicted.to_json():
-        assert predicted.peak("disk") == arenas["disk"].peak_bytes
+        assert predicted.peak() == pytest.approx(measured, rel=WITHIN)
+    assert predicted.peak("disk") == disk.peak_bytes
 
 
-def test_half_of_the_cases_extend_depth():
-    deep = sum(
-        sum(stack.depth for stack in predict(case)[0].stacks) >= 8 for case in CASES.values()
-    )
-    assert deep >= len(CASES) / 2
+def test_most_cases_extend_at_most_three_blocks_to_eight_or_more():
+    deep = 0
+    for case in CASES.values():
+        stacks = stacks_of(case.source.build())
+        few = all(len(stack.kept) <= 3 for stack in stacks)
+        deep += few and sum(stack.depth for stack in stacks) >= 8
+    assert deep >= 0.5 * len(CASES)
+
+
+def test_models_of_any_kind_are_traced_shallow():
+    family, _ = predict(CASES["module-recompute"])
+    assert [(stack.path, stack.depth, stack.kept) for stack in family.stacks] == [
+        ("body", 9, (0, 1, 8))
+    ]

@@ -1,0 +1,1 @@
+"""Models of which the memory of training is the point."""
