@@ -4,6 +4,8 @@ import os
 
 # Read when transformers is imported: a test that asks the hub for a name must fail, not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads that spin while they wait multiply times where other processes share the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

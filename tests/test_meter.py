@@ -21,7 +21,8 @@ LLAMA = {
 }  # fmt: skip
 GPT2 = {
     "model_type": "gpt2", "vocab_size": 256, "n_embd": 64, "n_head": 4, "n_layer": 2,
-    "n_positions": 128, "activation_function": "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    "n_positions": 128, "activation_function": "gelu", "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0,
 }  # fmt: skip
 OPTIMIZERS = {
     "none": None,

@@ -41,5 +41,5 @@ def test_readme_block_runs(index, workplace, monkeypatch, capsys):
     for line in text.splitlines():
         words = shlex.split(line, comments=True)
         assert words[0] == "holdfast", line
-        result = CliRunner().invoke(cli.group(), words[1:], catch_exceptions=False)
+        result = CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
         assert result.exit_code == 0, f"{line}\n{result.output}"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from holdfast import catalogue
-from holdfast.host import PeakRss, machine
 from holdfast.errors import UsageError, unknown
+from holdfast.host import PeakRss, machine
 
 FIELDS = (
     "system",

@@ -32,7 +32,8 @@ def fit(
         str | None, typer.Option(help="Preset or file that time is predicted for.")
     ] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="Device bytes kept free [default: 1GiB on CUDA].")
+        str | None,
+        typer.Option(help="Device bytes kept free [default: 1GiB on CUDA, some KiB on a CPU]."),
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Clip the global gradient norm.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Recorded in the plan.")] = 1e-3,

@@ -5,10 +5,11 @@ Every other block takes the record of the kept block that it equals.
 """
 
 from dataclasses import dataclass
-
 from typing import cast
 
 from torch import nn
+
+from holdfast import attach
 
 # Attributes that number a block without changing what it computes.
 _NUMBERING = {"layer_idx", "layer_id", "idx", "index", "layer_number", "layer_index", "block_idx"}
@@ -56,21 +57,8 @@ def signature(block: nn.Module) -> tuple:
 
 
 def find_stacks(model: nn.Module) -> list[str]:
-    """Paths of the outermost lists of two or more blocks of one class, in module order."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if any(path.startswith(f"{outer}.") for outer in found):
-            continue
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
-            continue
-        children = list(module)
-        if any(type(c) is not type(children[0]) for c in children):
-            continue
-        if all(any(True for _ in c.parameters()) for c in children) and any(
-            any(True for _ in c.children()) for c in children
-        ):
-            found.append(path)
-    return found
+    """Paths of the lists of two or more repeated blocks, in module order."""
+    return [path for path, stack in attach.blocks(model) if len(stack) > 1]
 
 
 def choose_kept(signatures: list[tuple]) -> Stack:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from holdfast import attach
 from holdfast.budget import PLACES, Budget
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.ledger import Ledger
@@ -39,6 +40,10 @@ TUNES = ("any", "full", "adapter")
 CHUNK_BYTES = 64 * 2**20
 BF16 = Quality("lossy", 0.02, "holdfast check bf16")
 UNBOUNDED = 2**62
+# What torch's CPU allocator holds beside tensors: a generator's state for each recomputed block,
+# and the scratch of its attention kernel.
+RNG_STATE = 5056
+ATTENTION_WORKSPACE = 2**16
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Request:
         dtype: of parameters; auto keeps a config's bfloat16 for frozen weights, else float32.
         optimizer, adapter: a method's key, or any.
         hardware: preset or file that time is predicted for.
-        reserve: device bytes kept free; by default 1 GiB on CUDA hardware, else 0.
+        reserve: device bytes kept free; by default 1 GiB on CUDA hardware, on a CPU what its
+            allocator holds beside tensors.
     """
 
     model: Any
@@ -185,7 +191,10 @@ class Fitter:
     def reserve(self) -> int:
         if self.request.reserve is not None:
             return self.request.reserve
-        return 2**30 if self.hardware.device.kind == "cuda" else 0
+        if self.hardware.device.kind == "cuda":
+            return 2**30
+        depth = sum(len(stack) for _, stack in attach.blocks(self.skeleton_model))
+        return ATTENTION_WORKSPACE + RNG_STATE * depth
 
     @cached_property
     def skeleton_model(self) -> nn.Module:
@@ -253,9 +262,9 @@ class Fitter:
             ):
                 if form is not None and adapter is None:
                     continue  # integer weights do not train
-                if adapter and request.dtype == "auto" and dtype != "bfloat16":
-                    if self._stored_dtype == "bfloat16":
-                        continue  # frozen weights hold no more than their file does
+                wider = request.dtype == "auto" and dtype != self._stored_dtype == "bfloat16"
+                if adapter and wider:
+                    continue  # frozen weights hold no more than their file does
                 keys = [k for k in (adapter, form, optimizer, *saved) if k]
                 if _refusal(keys):
                     continue
@@ -379,9 +388,14 @@ class Fitter:
 
     @cached_property
     def _dense_elements(self) -> int:
-        ends = ("get_input_embeddings", "get_output_embeddings")
-        found: list[Any] = [getattr(self.skeleton_model, n, lambda: None)() for n in ends]
-        weights = {id(m.weight): m.weight.numel() for m in found if m is not None}
+        weights: dict[int, int] = {}
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                module = getattr(self.skeleton_model, name)()
+            except (AttributeError, NotImplementedError):
+                continue  # not every architecture has them
+            if module is not None:
+                weights |= {id(p): p.numel() for p in module.parameters()}
         return sum(weights.values())
 
     def least_bytes(self, skeleton: Skeleton) -> int:
@@ -459,9 +473,9 @@ class Fitter:
         best: Candidate | None = None
         for candidate in sorted(rough, key=lambda c: c.peak):
             # Mixing options gains a little over the best uniform choice, never much.
-            if candidate.problem.least_peak() >= low or candidate.peak > 1.05 * low:
-                if best is not None:
-                    continue
+            hopeless = candidate.problem.least_peak() >= low or candidate.peak > 1.05 * low
+            if hopeless and best is not None:
+                continue
             solution = candidate.problem.smallest(budget)
             candidate = replace(candidate, solution=solution)
             if best is None or candidate.peak < best.peak:

@@ -73,9 +73,9 @@ class Plan:
         used = {o for runs in self.spec.methods.blocks.values() for o in file.parse_runs(runs)}
         budget = self.budget
         found: dict[str, Arena] = {}
-        if "host" in used:
+        if "host" in used and budget.host:
             found["host"] = HostArena(budget.host)
-        if "disk" in used:
+        if "disk" in used and budget.disk:
             found["disk"] = DiskArena(budget.disk)
         return found
 

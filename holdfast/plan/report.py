@@ -58,7 +58,7 @@ def show(
         f"{best.seconds:.3g} s per step on {fitter.hardware.name} (predicted)"
     )
     if fitter.reserve:
-        console.print(f"{format_bytes(fitter.reserve)} are reserved for context and fragmentation")
+        console.print(f"{format_bytes(fitter.reserve)} are kept free for what is no tensor")
     methods = Table("what", "how", title="Plan", show_header=False)
     methods.add_row("parameters", " + ".join(_named(spec)))
     methods.add_row("optimizer", next(iter(spec.methods.optimizer)))

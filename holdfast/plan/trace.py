@@ -101,7 +101,7 @@ class GradientMark:
 class Segment:
     """Events between two marks: category, place, phase codes and byte changes, in order.
 
-    `shared` says at which event a tensor that enters several blocks is freed.
+    `shared` says at which event a tensor that enters several blocks, or the first, is freed.
     """
 
     category: np.ndarray
@@ -284,8 +284,11 @@ def _cut(recorder: _Recorder, stacks: list[Stack], parameters: dict[str, nn.Para
     base = dict.fromkeys(CATEGORIES, 0)
     for sid, change, _ in log.events[: starts[0]]:
         base[log.storages[sid].category] += change
+    # What enters the first block may be held by the model too, and be freed far from that block.
     shared = {
-        sid: uses[0] for sid, uses in recorder.uses.items() if len({use[:2] for use in uses}) > 1
+        sid: uses[0]
+        for sid, uses in recorder.uses.items()
+        if uses[0][1] == 0 or len({use[:2] for use in uses}) > 1
     }
     segments: dict[Key, Segment] = {}
     for key, first, last in zip(order, starts, [*starts[1:], len(log.events)], strict=True):

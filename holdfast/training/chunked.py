@@ -131,7 +131,7 @@ def group_(model: nn.Module, segments: int | None = None) -> attach.Handle:
     """Put every stack of blocks into `segments` of equal length, in place, within one block.
 
     Args:
-        segments: per stack; by default the integer nearest to the square root of its depth.
+        segments: per stack; by default the square root of its depth, rounded up.
 
     Returns:
         A handle that restores the stack. Until then names in the state dict have one index more.
@@ -145,7 +145,7 @@ def group_(model: nn.Module, segments: int | None = None) -> attach.Handle:
     handle = attach.Handle()
     for path in find_stacks(model):
         blocks = list(model.get_submodule(path))
-        count = round(math.sqrt(len(blocks))) if segments is None else segments
+        count = math.ceil(math.sqrt(len(blocks))) if segments is None else segments
         if not 1 <= count <= len(blocks):
             raise UsageError(
                 f"{path} has {len(blocks)} blocks, which cannot make {count} segments; "

@@ -2,11 +2,11 @@
 
 Keeps    nothing itself; a row is one recipe, its bytes by category at the instant of its peak.
 Form     integer bytes by category, as `fit` predicts them; seconds and FLOPs of one step.
-Bytes    traced, not estimated: the planner's trace and composition, under one choice for all blocks.
+Bytes    traced, not estimated: the planner's own composition, with all blocks alike.
 Source   A Survey on Memory-Efficient Large-Scale Model Training in AI for Science, 2025; its
          example, AlphaFold 2, is `models/evoformer.py`.
-Departs  the survey counts 16 bytes per parameter for mixed precision (bf16 weight and gradient, fp32
-         master and two fp32 moments). No optimizer here keeps an fp32 master beside bf16
+Departs  the survey counts 16 bytes per parameter for mixed precision (bf16 weight and gradient,
+         fp32 master and two fp32 moments). No optimizer here keeps an fp32 master beside bf16
          parameters, so there is no such row: the bf16 row is bf16 throughout, as it runs.
 """
 
@@ -15,10 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
-from holdfast.budget import Budget
+from holdfast.budget import PLACES, Budget
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.plan.blocks import find_stacks
 from holdfast.plan.fit import (
@@ -101,8 +100,9 @@ class _Changed(ModelSource):
 class _RecipeFitter(Fitter):
     """The planner, for a model that may be altered, with the loss chunked only where asked."""
 
-    def __init__(self, request: Request, recipe: Recipe):
-        super().__init__(request)
+    def __init__(self, request: Request, recipe: Recipe, updates: dict):
+        # What an optimizer costs depends on shapes alone, so that all recipes share it.
+        super().__init__(request, _updates=updates)
         self._chunks = recipe.chunk_loss
         if recipe.change is not None:
             same = {f.name: getattr(self.source, f.name) for f in fields(self.source)}
@@ -152,11 +152,7 @@ class Row:
 
     def fits(self, budget: Budget) -> bool:
         needs = self.needs
-        return (
-            needs.device <= budget.device
-            and needs.host <= budget.host
-            and needs.disk <= budget.disk
-        )
+        return all(getattr(needs, place) <= getattr(budget, place) for place in PLACES)
 
     @property
     def plan(self) -> Plan:
@@ -166,7 +162,7 @@ class Row:
         """
         plan = to_plan(self.fitter, self.candidate)
         needs = self.needs
-        places = {p: getattr(needs, p) for p in ("device", "host", "disk") if getattr(needs, p)}
+        places = {p: getattr(needs, p) for p in PLACES if getattr(needs, p)}
         return Plan(plan.spec.model_copy(update={"budget": places}))
 
     def apply(self, model: nn.Module) -> Applied:
@@ -252,9 +248,8 @@ class Table:
         }
 
 
-def recipes(model: nn.Module, request: Request, *, on_gpu: bool) -> list[Recipe]:
+def recipes(model: nn.Module, batch: int, *, on_gpu: bool) -> list[Recipe]:
     """Every recipe, also those that do not apply to `model`; the first is plain training."""
-    batch = request.batch
     elsewhere = "host" if on_gpu else "disk"
     no_blocks = None if find_stacks(model) else "it has no list of repeated blocks"
     no_chunks = can_chunk(model)
@@ -318,52 +313,69 @@ def _why_not_root(model: nn.Module) -> str | None:
     reason = why_not_segments(model)
     if reason is None:
         shallow = min(len(model.get_submodule(path)) for path in find_stacks(model))
-        if shallow < 3:
+        if shallow < 4:
             return f"{shallow} blocks make no segments between one block and all"
     return reason
+
+
+class Predictor:
+    """Predicts single recipes for one request and keeps the traces that they share.
+
+    The request says model, batch, sequence, budget, hardware and reserve; a recipe brings its own
+    dtype and methods, so that `tune`, `allow`, `optimizer` and the like are not asked.
+    """
+
+    def __init__(self, request: Request):
+        self.request = request
+        self._fitters: dict[tuple, Fitter] = {}
+        self._updates: dict = {}
+
+    def fitter(self, recipe: Recipe) -> Fitter:
+        moves = recipe.option in PLACES
+        key = (recipe.chunk_loss, recipe.change, moves)
+        if key not in self._fitters:
+            # A row says how many bytes it would need elsewhere, whatever the budget has there.
+            budget = Budget(UNBOUNDED, UNBOUNDED, UNBOUNDED) if moves else Budget(UNBOUNDED)
+            roomy = replace(self.request, budget=budget)
+            self._fitters[key] = _RecipeFitter(roomy, recipe, self._updates)
+        return self._fitters[key]
+
+    def recipes(self) -> list[Recipe]:
+        plain = self.fitter(Recipe(PLAIN))
+        on_gpu = plain.hardware.device.kind == "cuda"
+        return recipes(plain.skeleton_model, self.request.batch, on_gpu=on_gpu)
+
+    def row(self, recipe: Recipe) -> Row:
+        """Raises UsageError where the model cannot run under the recipe."""
+        if recipe.why_not is not None:
+            raise UsageError(f"{recipe.label} does not apply: {recipe.why_not}")
+        fitter = self.fitter(recipe)
+        skeleton = recipe.skeleton(self.request.batch)
+        composer, problem = fitter.problem(skeleton)
+        choice = composer.uniform(recipe.option)
+        solution = Solution(choice, composer.seconds(choice), True)
+        return Row(recipe, fitter, Candidate(skeleton, composer, problem, solution))
 
 
 def table(request: Request) -> Table:
     """Predict every recipe that applies to the request's model, whether it fits or not.
 
-    The request says model, batch, sequence, budget, hardware and reserve; each recipe trains in its
-    own dtype with its own methods, so that `tune`, `allow`, `optimizer` and the like are not asked.
-
     Raises:
         UsageError: malformed input.
     """
-    # Where the budget names no host or disk bytes, a row says how many it would need.
-    roomy = replace(request, budget=Budget(UNBOUNDED, UNBOUNDED, UNBOUNDED))
-    fitters: dict[tuple, Fitter] = {}
-
-    def fitter_of(recipe: Recipe) -> Fitter:
-        key = (recipe.chunk_loss, recipe.change)
-        if key not in fitters:
-            fitters[key] = _RecipeFitter(roomy, recipe)
-        return fitters[key]
-
-    plain = fitter_of(Recipe(PLAIN))
-    on_gpu = plain.hardware.device.kind == "cuda"
+    predictor = Predictor(request)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    for recipe in recipes(plain.skeleton_model, request, on_gpu=on_gpu):
+    for recipe in predictor.recipes():
         if recipe.why_not is not None:
             left_out[recipe.label] = recipe.why_not
             continue
         try:
-            rows.append(_row(recipe, fitter_of(recipe)))
+            rows.append(predictor.row(recipe))
         except UsageError as error:
-            # What only shows when the model runs, for example blocks that cannot be chained.
+            # Some reasons only show when the model runs: blocks that cannot be chained, say.
             if recipe.label == PLAIN:
                 raise
             left_out[recipe.label] = str(error)
     rows.sort(key=lambda row: (not row.fits(request.budget), row.seconds))
     return Table(request, rows, left_out)
-
-
-def _row(recipe: Recipe, fitter: Fitter) -> Row:
-    skeleton = recipe.skeleton(fitter.request.batch)
-    composer, problem = fitter.problem(skeleton)
-    choice = composer.uniform(recipe.option)
-    solution = Solution(choice, composer.seconds(choice), True)
-    return Row(recipe, fitter, Candidate(skeleton, composer, problem, solution))

@@ -57,6 +57,12 @@ class Settings:
     checkpoint_every: int = 0
     merge: bool = False
 
+    def __post_init__(self):
+        for name, least in (("steps", 1), ("validate_every", 0), ("checkpoint_every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} {value} is out of range; use {least} or more")
+
 
 @dataclass
 class Measured:

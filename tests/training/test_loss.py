@@ -193,7 +193,7 @@ def test_a_model_that_scales_its_logits_is_caught():
     model, data = decoder(), batch()
     model.lm_head.__class__ = Scaled
     chunk_loss_(model, 8)
-    with pytest.raises(HoldfastError, match="differs from the model's own.*set loss_chunk: 0"):
+    with pytest.raises(HoldfastError, match=r"differs from the model's own.*set loss_chunk: 0"):
         verify_chunked(model, data)
 
 

@@ -230,7 +230,7 @@ def chunk_(model: nn.Module, size: int) -> nn.Module:
 
 
 def small() -> Evoformer:
-    """A model of four blocks, for `holdfast plan train holdfast.training.models.evoformer:small`."""
+    """Four narrow blocks: `holdfast plan train holdfast.training.models.evoformer:small`."""
     return Evoformer()
 
 

@@ -1,0 +1,153 @@
+"""`holdfast plan`: look at plans, and at the table of recipes that a plan is made of."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from holdfast import cli
+from holdfast.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from holdfast.training.recipes import Table
+
+app = typer.Typer(
+    help="Plans and recipes: what each would hold.", no_args_is_help=True, rich_markup_mode=None
+)
+
+# Categories with a column of their own; all others are summed under "other".
+_COLUMNS = ("parameters", "gradients", "optimizer", "activations", "temporary")
+_LIFE = {"step": "kept until the step", "backward": "consumed in backward"}
+
+
+@app.command("train")
+def train(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Built-in name, config.json, directory, cached hub id, module:function."
+        ),
+    ],
+    budget: Annotated[str, typer.Option(help="Bytes, for example 24GiB or device=24GiB,disk=1TB.")],
+    batch: Annotated[int, typer.Option(help="Sequences in one optimizer step.")] = 1,
+    sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
+    hardware: Annotated[
+        str | None, typer.Option(help="Preset or file that time is predicted for.")
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="Device bytes kept free [default: 1GiB on CUDA].")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Predict what every recipe of memory-efficient training would hold, one change at a time.
+
+    Example: holdfast plan train gpt2 --budget 16GiB
+    """
+    from holdfast.budget import Budget
+    from holdfast.plan.fit import Request
+    from holdfast.training import recipes
+    from holdfast.units import parse_bytes
+
+    with cli.stdout_is_json(json):
+        request = Request(
+            model,
+            Budget.parse(budget),
+            batch=batch,
+            sequence=sequence,
+            hardware=hardware,
+            reserve=None if reserve is None else parse_bytes(reserve),
+        )
+        table = recipes.table(request)
+    if json:
+        cli.print_json(table.document())
+    else:
+        _show(table)
+    if not table.fits:
+        if json:
+            raise typer.Exit(DoesNotFit.exit_code)
+        raise table.does_not_fit()
+
+
+def _show(table: "Table") -> None:
+    from holdfast.units import format_bytes
+
+    fitter = table.plain.fitter
+    print(
+        f"{fitter.source.name}: batch {table.request.batch}, sequence {table.request.sequence}, "
+        f"budget {table.request.budget}; time for {fitter.hardware.name}"
+    )
+    if fitter.reserve:
+        print(f"{format_bytes(fitter.reserve)} are reserved for context and fragmentation")
+    heads = ["fits", "recipe", "trains", *_COLUMNS, "other", "total", "elsewhere", "s/step"]
+    lines = [[*heads, "FLOPs", "quality"]]
+    for row, entry in zip(table.rows, table.document()["rows"], strict=True):
+        named = [row.cells[c] for c in _COLUMNS]
+        sizes = [*named, row.peak - sum(named), row.peak, row.needs.host + row.needs.disk]
+        quality = entry["quality"]["kind"]
+        if entry["quality"]["estimate"]:
+            quality += f", loss +{entry['quality']['estimate']:.2%} ({entry['quality']['source']})"
+        lines.append(
+            ["yes" if entry["fits"] else "no", row.recipe.label, entry["trains"]]
+            + [format_bytes(n) if n else "-" for n in sizes]
+            + [f"{row.seconds:.3g}", f"{entry['flops_ratio']:.2f}x", quality]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        # Words to the left, numbers to the right; the last column may be long.
+        cells = [
+            c.ljust(w) if i < 3 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line[:-1], widths[:-1], strict=True))
+        ]
+        print("  ".join([*cells, line[-1]]))
+    for label, reason in table.left_out.items():
+        print(f"left out: {label}: {reason}")
+
+
+@app.command("show")
+def show(
+    plan: Annotated[Path, typer.Argument(help="A plan file, as `holdfast fit` writes it.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Print a plan: what it is for, its methods, its blocks and its predicted bytes.
+
+    Example: holdfast plan show plan.yaml
+    """
+    with cli.stdout_is_json(json):
+        from holdfast.plan.plan import Plan
+
+        found = Plan.load(plan)
+    spec = found.spec
+    if json:
+        cli.print_json(spec.model_dump(mode="json"))
+        return
+    methods = spec.methods
+    rows = [
+        ("model", f"{spec.model}, {spec.task}"),
+        ("step", f"{spec.accumulation} x {spec.micro_batch} sequences of {spec.sequence}"),
+        ("budget", str(found.budget)),
+        ("hardware", spec.hardware),
+        ("parameters", methods.dtype),
+        ("weights", _named(methods.weights)),
+        ("adapter", _named(methods.adapter)),
+        ("optimizer", _named(methods.optimizer)),
+        ("gradients", _LIFE[methods.gradients]),
+        ("saved", ", ".join(map(_named, methods.saved)) or "-"),
+        ("loss", f"chunks of {methods.loss_chunk} tokens" if methods.loss_chunk else "the model's"),
+        *methods.blocks.items(),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    if not spec.predicted.get("ledger"):
+        print("no prediction is in this plan; `holdfast fit` writes one")
+        return
+    print(f"predicted on the device, {found.step_seconds:.3g} s per step:")
+    print(found.table())
+
+
+def _named(choice: dict | None) -> str:
+    if not choice:
+        return "-"
+    ((key, knobs),) = choice.items()
+    settings = ", ".join(f"{name} {value}" for name, value in (knobs or {}).items())
+    return f"{key} ({settings})" if settings else key
