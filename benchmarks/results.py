@@ -28,11 +28,11 @@ def versions() -> dict[str, str]:
 
 def conditions() -> dict:
     """Where and how this process runs: a figure means little without it."""
-    threads = os.environ.get("OMP_NUM_THREADS")
+    threads = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("OMP_")]
     command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": (f"OMP_NUM_THREADS={threads} " if threads else "") + command,
+        "command": " ".join([*threads, command]),
         "machine": f"{host.cpu_model()}, {host.cores()} cores",
         "python": host.machine()["python"],
         "versions": versions(),

@@ -10,17 +10,19 @@ Bytes are deterministic, also on a CPU, so a claim about memory is a test. Three
 * `cuda`: the caching allocator's requested bytes.
 """
 
+import contextlib
 import functools
 import gc
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -442,16 +444,42 @@ class Meter:
         self.end = stats["requested_bytes.all.current"]
 
 
+class _Assume(TorchDispatchMode):
+    """Answer the questions that a model asks about its data, where the answer must be known.
+
+    A Hugging Face mask asks whether nothing is padded and positions run on: in training on packed
+    sequences, yes. Any other value is unknowable here, and the error says so.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fake_step() -> Iterator[FakeTensorMode]:
+    """Everything inside allocates nothing, and models behave as they do on real tensors."""
+    from transformers.utils import import_utils
+
+    # Transformers builds a full attention mask when it sees fake tensors, which a real run skips.
+    original = import_utils.is_fake_tensor
+    import_utils.is_fake_tensor = lambda x: False
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Assume():
+            yield mode
+    finally:
+        import_utils.is_fake_tensor = original
+
+
 def predict(build, step) -> Meter:
-    """Bytes of a step without allocating any: everything runs under `FakeTensorMode`.
+    """Bytes of a step without allocating any: everything runs on fake tensors.
 
     Args:
         build: () -> (model, optimizer or None, inputs); called inside the fake mode.
         step: (model, optimizer, inputs) -> None; run twice, measured the second time.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_step():
         model, optimizer, inputs = build()
         step(model, optimizer, inputs)
         with Meter(model, optimizer, inputs=inputs) as meter:

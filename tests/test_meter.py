@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from holdfast.errors import UsageError
 from holdfast.forms import Int4
 from holdfast.ledger import CATEGORIES
-from holdfast.meter import BACKENDS, Meter, predict
+from holdfast.meter import BACKENDS, Meter, fake_step, predict
 from holdfast.plan.models import resolve
-from holdfast.plan.trace import fake_step, to_fake_
+from holdfast.plan.trace import to_fake_
 from holdfast.training.step import StepInBackward
 
 RNG_STATE = torch.get_rng_state().nbytes

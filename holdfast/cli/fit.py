@@ -48,10 +48,11 @@ def fit(
     from holdfast.budget import Budget
     from holdfast.plan import fit as planner
     from holdfast.plan import report
-    from holdfast.plan.file import Training
+    from holdfast.plan.file import training
     from holdfast.units import parse_bytes
 
     with cli.stdout_is_json(json):
+        settings = training(learning_rate=learning_rate, clip=clip)
         request = planner.Request(
             model,
             Budget.parse(budget),
@@ -75,7 +76,7 @@ def fit(
                 raise error
             document = error.details
         else:
-            plan = planner.to_plan(fitter, best, Training(learning_rate=learning_rate, clip=clip))
+            plan = planner.to_plan(fitter, best, settings)
             plan.save(out)
             front = planner.pareto(fitter, best)
             document = report.document(fitter, best, plan, front)

@@ -9,11 +9,11 @@ from torch import nn
 
 from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
-from holdfast.meter import Meter, open_storages
+from holdfast.meter import StorageLog, fake_step, ledger_of, open_storages
 from holdfast.places import Arena
 from holdfast.plan.blocks import members, stacks_of, truncate_, whole
 from holdfast.plan.compose import Family, UpdateCost, trainables
-from holdfast.plan.trace import align_, fake_step, record, to_fake_
+from holdfast.plan.trace import align_, record, to_fake_
 
 OpSeconds = Callable[[int, int, torch.dtype], float]
 
@@ -130,14 +130,16 @@ class UpdateCosts:
             optimizer = self.make([parameter])
             parameter.grad = torch.empty_like(parameter)
             optimizer.step()
-            with Meter(None, optimizer) as meter:
+            # Not a Meter: collecting garbage once per shape would take longer than the trace.
+            storages = StorageLog()
+            storages.seed("parameters", [parameter, parameter.grad])
+            base = storages.live_bytes()
+            storages.seed("optimizer", list(optimizer.state.values()))
+            state = storages.live_bytes() - base
+            with storages:
                 optimizer.step()
-            state = sum(
-                {
-                    s._cdata: s.nbytes() for s in open_storages(list(optimizer.state.values()))
-                }.values()
-            )
+            scratch = ledger_of(storages.log).peak("device") - base - state
             kept = parameter.numel() * parameter.element_size()
         # Parameter and gradient are read, parameter written, states read and written.
         moved = 3 * kept + 2 * state
-        return UpdateCost(state, meter.peak - meter.base, self.op_seconds(0, moved, dtype))
+        return UpdateCost(state, scratch, self.op_seconds(0, moved, dtype))

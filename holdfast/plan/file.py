@@ -96,6 +96,18 @@ class Training(_Strict):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+def training(**fields: Any) -> Training:
+    """A plan's training section.
+
+    Raises:
+        UsageError: names the field, the value and what is allowed.
+    """
+    try:
+        return Training(**fields)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from error
+
+
 class PlanFile(_Strict):
     holdfast: Literal[1] = 1
     model: str

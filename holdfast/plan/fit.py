@@ -329,7 +329,7 @@ class Fitter:
         def option(name: str):
             def apply_option(block: nn.Module):
                 arena = DiskArena(UNBOUNDED) if name == "moved" else None
-                apply.set_option(block, "disk" if arena else name, arena)
+                apply.set_option(block, "disk" if arena is not None else name, arena)
                 return arena
 
             return apply_option

@@ -89,6 +89,32 @@ class Plan:
 
         Returns:
             The model and the optimizer to use from now on, for both `step()` and `state_dict()`.
+
+        Raises:
+            UsageError: the plan does not suit the model, or the optimizer is not a fresh one.
+
+        In a loop of one's own, with nothing else changed:
+
+        >>> methods = {"gradients": "backward"}
+        >>> spec = PlanFile(model="mine", sequence=1, budget={"device": 2**20}, methods=methods)
+        >>> model = nn.Linear(4, 1)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> model, optimizer = Plan(spec).apply(model, optimizer)
+        >>> for batch in torch.randn(3, 8, 4):
+        ...     model(batch).square().mean().backward()
+        ...     assert model.weight.grad is None  # consumed in backward, as planned
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+
+        In Hugging Face's Trainer, with the plan's micro-batch and accumulation, and its clipping
+        instead of the Trainer's default of 1.0:
+
+            args = TrainingArguments(
+                per_device_train_batch_size=plan.spec.micro_batch,
+                gradient_accumulation_steps=plan.spec.accumulation,
+                max_grad_norm=plan.spec.training.clip or 0,
+            )
+            Trainer(model=model, args=args, train_dataset=data, optimizers=(optimizer, None))
         """
         methods, training = self.spec.methods, self.spec.training
         rate, decay = training.learning_rate, training.weight_decay

@@ -6,16 +6,13 @@ instants are extended, never maxima. A segment keeps every event, because gradie
 consumption of gradients in the backward pass and the optimizer's step are edits of these events.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -26,34 +23,6 @@ from holdfast.plan.blocks import Stack, members
 
 PLACE_CODES = {"device": 0, "host": 1}
 CATEGORY_CODES = {name: i for i, name in enumerate(CATEGORIES)}
-
-
-class _Assume(TorchDispatchMode):
-    """Answer the questions that a model asks about its data, where the answer must be known.
-
-    A Hugging Face mask asks whether nothing is padded and positions run on: in training on packed
-    sequences, yes. Any other value is unknowable here, and the error says so.
-    """
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
-            return True
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def fake_step() -> Iterator[FakeTensorMode]:
-    """Everything inside allocates nothing, and models behave as they do on real tensors."""
-    from transformers.utils import import_utils
-
-    # Transformers builds a full attention mask when it sees fake tensors, which a real run skips.
-    original = import_utils.is_fake_tensor
-    import_utils.is_fake_tensor = lambda x: False
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Assume():
-            yield mode
-    finally:
-        import_utils.is_fake_tensor = original
 
 
 def to_fake_(model: nn.Module, device: str = "cpu") -> nn.Module:

@@ -150,6 +150,11 @@ class Run:
         finished = self.out / REPORT
         if finished.exists():
             self._same_settings(None)
+            if self.settings.merge and (self.out / "adapter_config.json").exists():
+                raise UsageError(
+                    f"{self.out} holds a finished run with its adapter apart; merge it with "
+                    "peft's merge_and_unload, or train again with --overwrite --merge"
+                )
             return json.loads(finished.read_text(encoding="utf-8"))
         self.tokenizer = load_tokenizer(self.settings.tokenizer or self._default_tokenizer())
         spec = self.plan.spec

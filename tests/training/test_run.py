@@ -1,6 +1,7 @@
 """`Run` in this process: what it writes opens without Holdfast, and failures leave it resumable."""
 
 import contextlib
+import doctest
 import errno
 import json
 import os
@@ -11,10 +12,18 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from holdfast import files
+from holdfast import checks, files
 from holdfast.errors import HoldfastError, UsageError
+from holdfast.meter import Meter
+from holdfast.plan import plan as plan_module
 from holdfast.plan.file import Methods, PlanFile, Training
 from holdfast.plan.plan import Plan
 from holdfast.training import checkpoint
@@ -149,21 +158,18 @@ def test_merged_adapter_opens_with_transformers(pretrained, settings, tmp_path, 
         tmp_path / "out",
     )
     run.run()
+    assert not (run.out / "adapter_config.json").exists()
     merged = opened(run.out)
     assert type(merged).__name__ == "LlamaForCausalLM"
     torch.testing.assert_close(logits(merged), logits(run.model), atol=1e-4, rtol=1e-4)
     assert not torch.equal(logits(merged), logits(opened(pretrained.out)))
 
 
-def test_merge_may_be_asked_for_afterwards(pretrained, settings, tmp_path):
+def test_a_finished_adapter_is_not_merged_afterwards(pretrained, settings, tmp_path):
     plan = make_plan(pretrained.out, task="finetune", **LORA)
-    first = Run(plan, settings, tmp_path / "out")
-    report = first.run()
-    merged = Run(plan, replace(settings, merge=True), tmp_path / "out").run()
-    assert merged["loss"] == report["loss"]
-    torch.testing.assert_close(
-        logits(opened(tmp_path / "out")), logits(first.model), atol=1e-4, rtol=1e-4
-    )
+    Run(plan, settings, tmp_path / "out").run()
+    with pytest.raises(UsageError, match=r"adapter apart; .*--overwrite --merge"):
+        Run(plan, replace(settings, merge=True), tmp_path / "out").run()
 
 
 def test_finetune_without_weights_names_the_remedy(config, settings, tmp_path):
@@ -352,7 +358,87 @@ def test_over_budget_is_said(config, settings, tmp_path):
     assert report["measured"]["peak_bytes"] > report["budget_bytes"] == 2**20
 
 
+class MeterOneStep(TrainerCallback):
+    """Measures the Trainer's last step."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if state.global_step == args.max_steps - 1:
+            # The Trainer wraps the optimizer.
+            self.meter = Meter(model, optimizer.optimizer).__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == args.max_steps:
+            self.meter.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gradients": "backward", "blocks": {"model.layers": "recompute*2"}},
+        {"batch": 4, "optimizer": {"adamw4": {}}, "loss_chunk": 32},
+    ],
+    ids=["gradients in backward, recompute", "accumulation, adamw4, chunked loss"],
+)
+def test_own_loop_and_trainer_hold_the_same_bytes(config, settings, tmp_path, fields):
+    plan = make_plan(config, **fields)
+    engine = Run(plan, settings, tmp_path / "out")
+    engine.run()
+    data, micro = engine.stream.data, plan.spec.micro_batch
+
+    model = engine.source.build("cpu")
+    model, optimizer = plan.apply(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    for _ in range(2):
+        batches = [data.batch(torch.arange(micro)) for _ in range(plan.spec.accumulation)]
+        with Meter(model, optimizer, inputs=batches) as loop:
+            for batch in batches:
+                (model(**batch).loss / len(batches)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = engine.source.build("cpu")
+    model, optimizer = plan.apply(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    rows = [{k: v[0] for k, v in data.batch(torch.tensor([i])).items()} for i in range(8)]
+    callback = MeterOneStep()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=plan.spec.accumulation,
+        max_grad_norm=plan.spec.training.clip or 0,
+        max_steps=2,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        optimizers=(optimizer, None),
+        callbacks=[callback],
+    ).train()
+
+    # A step keeps the mean loss; a part's loss and the Trainer's running sum are a number each.
+    numbers = 8
+    assert abs(engine.measured.windows["steps"] - loop.peak) <= numbers
+    # The Trainer has fetched its batches before the step begins, where no meter sees them.
+    assert abs(callback.meter.peak + loop.at_peak["inputs"] - loop.peak) <= numbers
+
+
+def test_examples_in_docstrings_run():
+    failed, tried = doctest.testmod(plan_module)
+    assert tried and not failed
+
+
 def test_rate_by_hand():
     assert [rate(s, 10, "constant", 0.2) for s in (0, 1, 9)] == [0.5, 1.0, 1.0]
     assert rate(2, 10, "linear", 0.2) == 1.0 and rate(6, 10, "linear", 0.2) == 0.5
     assert rate(6, 10, "cosine", 0.2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "key", ["recompute", "gradients_in_backward", "accumulation", "optimizers"]
+)
+def test_check_passes(key):
+    result = checks.run_check(key)
+    assert result["passed"], result
