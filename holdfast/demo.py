@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from holdfast.host import machine
 from holdfast.ledger import CATEGORIES
 from holdfast.units import format_bytes
 
@@ -153,6 +154,62 @@ def show(result: dict, console: Console) -> None:
         console.print(f"{'kept  ' if held else 'BROKEN'}  {promise}")
 
 
+def summary(result: dict) -> dict:
+    """The figures that README shows, with the machine on which they were measured."""
+    runs = {
+        name: {
+            "peak_bytes": peak(result[name]),
+            "rss_increase_bytes": result[name]["measured"]["rss_increase_bytes"],
+            "predicted_bytes": result[name]["predicted"]["peak_bytes"],
+            "meter_bytes": result[name]["measured"]["peak_bytes"],
+            "validation_loss": result[name]["loss"]["validation"],
+            "seconds_per_step": result[name]["seconds_per_step"],
+        }
+        for name in ("plain", "plan")
+    }
+    return runs | {"steps": result["plan"]["steps"], "machine": machine()}
+
+
+def markdown(recorded: dict) -> str:
+    """The table of README's first page."""
+    plain, plan = recorded["plain"], recorded["plan"]
+    rows = [
+        ("peak bytes, device + host", "peak_bytes", format_bytes),
+        ("peak RSS increase", "rss_increase_bytes", format_bytes),
+        ("validation loss", "validation_loss", "{:.4f}".format),
+        ("seconds per step", "seconds_per_step", "{:.2f}".format),
+    ]
+    lines = ["| the same model, batch, tokens, steps | plain | plan | ratio |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | {shown(plain[key])} | {shown(plan[key])} | {plan[key] / plain[key]:.2f} |"
+        for name, key, shown in rows
+    ]
+    error = plan["meter_bytes"] - plan["predicted_bytes"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Predicted {plan['predicted_bytes']:,} bytes, measured {plan['meter_bytes']:,}: "
+            f"{error:+,} ({recorded['machine']['cpu']}, {recorded['machine']['cores']} cores, "
+            f"{recorded['steps']} steps).",
+        ]
+    )
+
+
+def record(result: dict, chart: Path) -> None:
+    """Put the figures and the chart into the project's documentation."""
+    root = Path(__file__).parents[1]
+    text = json.dumps(summary(result), indent=1) + "\n"
+    (root / "docs" / "demo.json").write_text(text, encoding="utf-8")
+    shutil.copy(chart, root / "docs" / "demo.png")
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- demo:begin -->\n", "<!-- demo:end -->"
+    head, _, rest = readme.partition(begin)
+    tail = rest.partition(end)[2]
+    table = markdown(summary(result))
+    (root / "README.md").write_text(f"{head}{begin}{table}\n{end}{tail}", encoding="utf-8")
+
+
 def draw(result: dict, path: Path) -> None:
     """Stacked bars by category: plain, predicted, measured, and the budget's line."""
     import matplotlib
@@ -193,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m holdfast.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--record", action="store_true", help="update README and docs")
     options = parser.parse_args()
     console = Console(width=100)
     result = run(options.out, options.steps)
@@ -200,6 +258,8 @@ def main() -> None:
     show(result, console)
     draw(result, options.out / "demo.png")
     console.print(f"chart: {options.out / 'demo.png'}")
+    if options.record:
+        record(result, options.out / "demo.png")
     if not all(result["kept"].values()):
         sys.exit(1)
 

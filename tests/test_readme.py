@@ -43,3 +43,10 @@ def test_readme_block_runs(index, workplace, monkeypatch, capsys):
         assert words[0] == "holdfast", line
         result = CliRunner().invoke(cli.app, words[1:], catch_exceptions=False)
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_readme_shows_the_recorded_demo():
+    recorded = json.loads((README.parent / "docs" / "demo.json").read_text())
+    section = README.read_text().partition("<!-- demo:begin -->\n")[2]
+    assert section.partition("\n<!-- demo:end -->")[0] == demo.markdown(recorded)
+    assert recorded["plan"]["peak_bytes"] <= demo.FRACTION * recorded["plain"]["peak_bytes"]

@@ -38,7 +38,7 @@ QUALITIES = ("exact", "bounded", "lossy")
 TUNES = ("any", "full", "adapter")
 # Logits of one chunk of the loss, in fp32.
 CHUNK_BYTES = 64 * 2**20
-BF16 = Quality("lossy", 0.02, "holdfast check bf16")
+BF16 = Quality("lossy", 0.03, "holdfast check bf16")
 UNBOUNDED = 2**62
 # What torch's CPU allocator holds beside tensors: a generator's state for each recomputed block,
 # and the scratch of its attention kernel.

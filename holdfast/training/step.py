@@ -37,12 +37,12 @@ class StepInBackward(torch.optim.Optimizer):
         self.wrapped = optimizer
         self.defaults = optimizer.defaults
         self._handles = []
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
-                hook = self._consumer(group)
+                hook = self._consumer(index)
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
-    def _consumer(self, group: dict[str, Any]):
+    def _consumer(self, index: int):
         step_param = getattr(self.wrapped, "step_param", None)
 
         def consume(parameter: nn.Parameter) -> None:
@@ -50,7 +50,8 @@ class StepInBackward(torch.optim.Optimizer):
                 step_param(parameter)
             else:
                 groups = self.wrapped.param_groups
-                self.wrapped.param_groups = [{**group, "params": [parameter]}]
+                # Looked up now: load_state_dict replaces the groups.
+                self.wrapped.param_groups = [{**groups[index], "params": [parameter]}]
                 try:
                     self.wrapped.step()
                 finally:
