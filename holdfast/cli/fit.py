@@ -49,11 +49,12 @@ def fit(
     from holdfast.plan import fit as planner
     from holdfast.plan import report
     from holdfast.plan.file import training
+    from holdfast.plan.fitter import Fitter, Request
     from holdfast.units import parse_bytes
 
     with cli.stdout_is_json(json):
         settings = training(learning_rate=learning_rate, clip=clip)
-        request = planner.Request(
+        request = Request(
             model,
             Budget.parse(budget),
             task=task,
@@ -68,7 +69,7 @@ def fit(
             reserve=None if reserve is None else parse_bytes(reserve),
             clip=clip,
         )
-        fitter = planner.Fitter(request)
+        fitter = Fitter(request)
         best = fitter.search(request.budget)
         if best is None:
             error = planner.does_not_fit(fitter)

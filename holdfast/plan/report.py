@@ -8,7 +8,7 @@ from rich.table import Table
 
 from holdfast.ledger import CATEGORIES
 from holdfast.plan import fit
-from holdfast.plan.fit import Candidate, Fitter
+from holdfast.plan.fitter import Candidate, Fitter
 from holdfast.plan.plan import Plan
 from holdfast.units import format_bytes
 

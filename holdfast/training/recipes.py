@@ -20,7 +20,8 @@ from torch import nn
 from holdfast.budget import PLACES, Budget
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.plan.blocks import find_stacks
-from holdfast.plan.fit import (
+from holdfast.plan.fit import to_plan
+from holdfast.plan.fitter import (
     BF16,
     UNBOUNDED,
     Candidate,
@@ -28,7 +29,6 @@ from holdfast.plan.fit import (
     Globals,
     Request,
     Skeleton,
-    to_plan,
 )
 from holdfast.plan.method import EXACT, Method, Quality
 from holdfast.plan.models import ModelSource

@@ -66,6 +66,18 @@ def test_below_one_block_exits_3_with_a_budget_that_fits(fit):
     assert fit("--budget", f"{smallest * 99 // 100}B", *QUICK, "--json")[0] == 3
 
 
+def test_each_relaxation_fits_when_run_again(fit):
+    """Options printed for a budget that is too small are options under which a plan exists."""
+    given = ("--reserve", "0", "--task", "pretrain", "--optimizer", "adamw", "--batch", "2")
+    request = (*given, "--sequence", "64", "--budget", "1MiB")
+    code, out, _ = fit(*request, "--json")
+    found = json.loads(out)["relaxations"]
+    assert code == 3 and len(found) == 3
+    for relaxation in found:
+        # A later option of the same name wins.
+        assert fit(*request, *relaxation["options"].split(), "--json")[0] == 0, relaxation
+
+
 def test_below_one_block_says_what_binds(fit):
     code, out, err = fit("--budget", "100KiB", *QUICK)
     assert code == 3 and out == ""

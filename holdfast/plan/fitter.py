@@ -1,0 +1,504 @@
+"""The search behind `fit`: skeletons of global choices, and an option for every block of each.
+
+Order of preference: it fits; exact before bounded before lossy (and lossy only where allowed);
+least predicted time; least bytes on the host. Global choices are a branch and bound over
+skeletons, choices per block a mixed-integer program.
+"""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast import attach
+from holdfast.budget import Budget
+from holdfast.errors import UsageError
+from holdfast.ledger import Ledger
+from holdfast.places import DiskArena
+from holdfast.plan import apply
+from holdfast.plan.compose import Composer, Family, Life
+from holdfast.plan.family import UpdateCosts, trace_family
+from holdfast.plan.file import Choice, Methods, format_runs
+from holdfast.plan.hardware import Hardware, default_hardware, load_hardware
+from holdfast.plan.method import EXACT, Quality
+from holdfast.plan.models import ModelSource, resolve
+from holdfast.plan.models import loss_of as scalar_loss
+from holdfast.plan.registry import method, methods, of_slot
+from holdfast.plan.search import Problem, Solution
+from holdfast.training.loss import can_chunk
+
+QUALITIES = ("exact", "bounded", "lossy")
+TUNES = ("any", "full", "adapter")
+# Logits of one chunk of the loss, in fp32.
+CHUNK_BYTES = 64 * 2**20
+BF16 = Quality("lossy", 0.03, "holdfast check bf16")
+UNBOUNDED = 2**62
+# What torch's CPU allocator holds beside tensors: a generator's state for each recomputed block,
+# and the scratch of its attention kernel.
+RNG_STATE = 5056
+ATTENTION_WORKSPACE = 2**16
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks `fit` for.
+
+    Args:
+        model: anything `resolve` takes; budget: anything `Budget.parse` takes.
+        batch: sequences in one optimizer step; the plan may split it into micro-batches.
+        tune: which parameters train; by default any for finetune, full for pretrain.
+        allow: the worst quality that is considered.
+        dtype: of parameters; auto keeps a config's bfloat16 for frozen weights, else float32.
+        optimizer, adapter: a method's key, or any.
+        hardware: preset or file that time is predicted for.
+        reserve: device bytes kept free; by default 1 GiB on CUDA hardware, on a CPU what its
+            allocator holds beside tensors.
+    """
+
+    model: Any
+    budget: Budget
+    task: str = "finetune"
+    batch: int = 1
+    sequence: int = 1024
+    tune: str | None = None
+    allow: str = "bounded"
+    dtype: str = "auto"
+    optimizer: str = "any"
+    adapter: str = "any"
+    hardware: str | None = None
+    reserve: int | None = None
+    clip: float | None = None
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("task", self.task, ("finetune", "pretrain")),
+            ("tune", self.tune, (None, *TUNES)),
+            ("allow", self.allow, QUALITIES),
+            ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
+        ):
+            if value not in known:
+                options = ", ".join(str(k) for k in known if k)
+                raise UsageError(f"{name} {value!r} is unknown; use one of {options}")
+        for name in ("batch", "sequence"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} {value!r} is not a positive integer; use 1 or more")
+
+    @property
+    def tuning(self) -> str:
+        return self.tune or ("full" if self.task == "pretrain" else "any")
+
+
+@dataclass(frozen=True)
+class Globals:
+    """The part of a skeleton that needs a trace of its own."""
+
+    dtype: str
+    weights: str | None
+    adapter: str | None
+    saved: tuple[str, ...]
+    micro: int
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """All global choices: what remains is an option for every block."""
+
+    globals: Globals
+    optimizer: str
+    in_backward: bool
+    quality: Quality
+
+    def label(self) -> str:
+        parts = [self.globals.dtype]
+        parts += [p for p in (self.globals.weights, self.globals.adapter) if p]
+        parts += [self.optimizer, *self.globals.saved]
+        if self.in_backward:
+            parts.append("gradients in backward")
+        return " + ".join(parts)
+
+
+@dataclass
+class Candidate:
+    """A skeleton with its blocks decided."""
+
+    skeleton: Skeleton
+    composer: Composer
+    problem: Problem
+    solution: Solution
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return self.composer.ledger(self.solution.choice)
+
+    @property
+    def peak(self) -> int:
+        return self.ledger.peak("device")
+
+    @property
+    def seconds(self) -> float:
+        return self.composer.seconds(self.solution.choice)
+
+    @property
+    def order(self) -> tuple:
+        """Smaller is better, among candidates that fit."""
+        quality = self.skeleton.quality
+        return (quality.rank, round(quality.estimate, 6), self.seconds, self.ledger.peak("host"))
+
+    def options(self) -> dict[str, str]:
+        by_stack: dict[str, list[str]] = {}
+        for path, index in self.problem.blocks:
+            by_stack.setdefault(path, []).append(self.solution.choice[path, index])
+        return {path: format_runs(options) for path, options in by_stack.items()}
+
+
+def _combined(parts: list[Quality]) -> Quality:
+    worst = max(parts, key=lambda q: q.rank)
+    sources = ", ".join(dict.fromkeys(q.source for q in parts if q.source))
+    return Quality(worst.kind, sum(q.estimate for q in parts), sources)
+
+
+@dataclass
+class Fitter:
+    """Traces and searches for one request; traces are kept, so that other budgets are cheap."""
+
+    request: Request
+    source: ModelSource = field(init=False)
+    hardware: Hardware = field(init=False)
+    _families: dict[tuple, Family] = field(default_factory=dict)
+    _problems: dict[tuple[Skeleton, int], tuple[Composer, Problem]] = field(default_factory=dict)
+    _updates: dict[tuple[str, str], UpdateCosts] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.source = resolve(self.request.model)
+        named = self.request.hardware
+        self.hardware = load_hardware(named) if named else default_hardware()
+        limit = self.source.max_sequence
+        if limit is not None and self.request.sequence > limit:
+            raise UsageError(
+                f"sequence {self.request.sequence} exceeds the {limit} positions of "
+                f"{self.source.name}; use --sequence {limit} or less"
+            )
+
+    @property
+    def reserve(self) -> int:
+        if self.request.reserve is not None:
+            return self.request.reserve
+        if self.hardware.device.kind == "cuda":
+            return 2**30
+        depth = sum(len(stack) for _, stack in attach.blocks(self.skeleton_model))
+        return ATTENTION_WORKSPACE + RNG_STATE * depth
+
+    @cached_property
+    def skeleton_model(self) -> nn.Module:
+        return self.source.build("meta", torch.float32)
+
+    @property
+    def _stored_dtype(self) -> str:
+        return str(getattr(self.source.config, "dtype", None) or "").removeprefix("torch.")
+
+    @cached_property
+    def dtypes(self) -> list[tuple[str, Quality, Quality]]:
+        """(dtype, quality when everything trains, quality when only an adapter trains)."""
+        stored = self._stored_dtype
+        known = {
+            "float32": ("float32", EXACT, EXACT),
+            "bfloat16": ("bfloat16", BF16, EXACT if stored == "bfloat16" else BF16),
+        }
+        if self.request.dtype != "auto":
+            return [known[self.request.dtype]]
+        return [known["float32"], known["bfloat16"]]
+
+    def chunk(self) -> int:
+        if can_chunk(self.skeleton_model) is not None:
+            return 0
+        head: Any = self.skeleton_model
+        vocabulary = head.get_output_embeddings().weight.shape[0]
+        return max(64, min(4096, CHUNK_BYTES // (4 * vocabulary) // 64 * 64))
+
+    def _applies(self, key: str) -> bool:
+        found = methods()[key]
+        return found.applies(self.skeleton_model, **found.defaults()) is None
+
+    def skeletons(self, allow: str | None = None) -> list[Skeleton]:
+        """All global choices up to a quality, best quality first."""
+        limit = QUALITIES.index(allow or self.request.allow)
+        found = [s for s in self._skeletons if s.quality.rank <= limit]
+        return sorted(found, key=lambda s: (s.quality.rank, round(s.quality.estimate, 6)))
+
+    @cached_property
+    def _skeletons(self) -> list[Skeleton]:
+        return list(self._generate())
+
+    def _generate(self) -> Iterator[Skeleton]:
+        request = self.request
+        tunes = ["full", "adapter"] if request.tuning == "any" else [request.tuning]
+        adapters: list[str | None] = [None] if "full" in tunes else []
+        if "adapter" in tunes:
+            keys = [m.key for m in of_slot("adapter") if m.automatic]
+            if request.adapter != "any":
+                keys = [method(request.adapter, "adapter").key]
+            adapters += [k for k in keys if self._applies(k)]
+        weights = [None] + [
+            m.key for m in of_slot("weights") if m.automatic and self._applies(m.key)
+        ]
+        saved_keys = [m.key for m in of_slot("saved") if m.automatic and self._applies(m.key)]
+        saved_sets = [c for n in (0, 1) for c in itertools.combinations(saved_keys, n)]
+        if request.optimizer == "any":
+            optimizers = [m.key for m in of_slot("optimizer") if m.automatic]
+        else:
+            optimizers = [method(request.optimizer, "optimizer").key]
+        micros = [m for m in range(request.batch, 0, -1) if request.batch % m == 0]
+        for dtype, full, frozen in self.dtypes:
+            for adapter, form, saved, optimizer, micro in itertools.product(
+                adapters, weights, saved_sets, optimizers, micros
+            ):
+                if form is not None and adapter is None:
+                    continue  # integer weights do not train
+                wider = request.dtype == "auto" and dtype != self._stored_dtype == "bfloat16"
+                if adapter and wider:
+                    continue  # frozen weights hold no more than their file does
+                keys = [k for k in (adapter, form, optimizer, *saved) if k]
+                if _refusal(keys):
+                    continue
+                chosen = [methods()[k] for k in keys]
+                parts = [frozen if adapter else full]
+                parts += [m.quality(**m.defaults()) for m in chosen]
+                common = Globals(dtype, form, adapter, saved, micro)
+                for in_backward in (False, True):
+                    if in_backward and (micro != request.batch or request.clip is not None):
+                        continue
+                    yield Skeleton(common, optimizer, in_backward, _combined(parts))
+
+    def methods_of(self, skeleton: Skeleton, blocks: dict[str, str]) -> Methods:
+        def entry(key: str | None) -> Choice | None:
+            return None if key is None else {key: methods()[key].defaults()}
+
+        common = skeleton.globals
+        return Methods(
+            dtype=common.dtype,  # type: ignore[arg-type]
+            weights=entry(common.weights),
+            adapter=entry(common.adapter),
+            optimizer=entry(skeleton.optimizer) or {},
+            gradients="backward" if skeleton.in_backward else "step",
+            saved=[entry(key) or {} for key in common.saved],
+            loss_chunk=self.chunk(),
+            blocks=blocks,
+        )
+
+    def _block_options(self) -> list[str]:
+        budget = self.request.budget
+        on_gpu = self.hardware.device.kind == "cuda"
+        # Without a GPU, host memory is the same memory.
+        return (
+            ["keep", "recompute"]
+            + (["host"] if on_gpu and budget.host else [])
+            + (["disk"] if budget.disk else [])
+        )
+
+    def family(self, common: Globals) -> Family:
+        key = self._family_key(common)
+        if key not in self._families:
+            self._families[key] = self._trace(common, self.request.sequence)
+        return self._families[key]
+
+    def _family_key(self, common: Globals) -> tuple:
+        return (common, self.request.sequence, tuple(self._block_options()))
+
+    def relaxed(self, **changes: Any) -> "Fitter":
+        """A fitter for a changed request that shares the model and the traces made so far."""
+        other = copy.copy(self)
+        other.request = replace(self.request, **changes)
+        other._problems = {}
+        for derived in ("_skeletons", "dtypes"):
+            other.__dict__.pop(derived, None)
+        return other
+
+    def _trace(self, common: Globals, sequence: int) -> Family:
+        dtype = getattr(torch, common.dtype)
+        planned = self.methods_of(Skeleton(common, "adamw", False, EXACT), {})
+        moving = [o for o in self._block_options() if o in ("host", "disk")]
+
+        def option(name: str):
+            def apply_option(block: nn.Module):
+                arena = DiskArena(UNBOUNDED) if name == "moved" else None
+                apply.set_option(block, "disk" if arena is not None else name, arena)
+                return arena
+
+            return apply_option
+
+        names = ["keep", "recompute"] + (["moved"] if moving else [])
+        family = trace_family(
+            lambda: self.source.build("meta", dtype),
+            lambda: self.source.example_inputs(common.micro, sequence, "cpu", dtype),
+            lambda model: apply.prepare(model, planned),
+            lambda model, batch: scalar_loss(model(**batch)),
+            {name: option(name) for name in names},
+            self.hardware.seconds,
+        )
+        if moving:
+            # Bytes leave the device alike, whether they go to the host or to disk.
+            trace, moved = family.options.pop("moved"), family.moved.pop("moved", {})
+            for place in moving:
+                family.options[place] = trace
+                family.moved[place] = moved
+                family.extra_seconds[place] = {
+                    block: self._copy_seconds(trace, block, nbytes, place)
+                    for block, nbytes in moved.items()
+                }
+        return family
+
+    def _copy_seconds(self, trace, block: tuple[str, int], nbytes: int, place: str) -> float:
+        """Time of moving a block's bytes away and back that computing does not hide."""
+        path, k = block
+        away = self.hardware.transfer_seconds(nbytes, "device", place)
+        back = self.hardware.transfer_seconds(nbytes, place, "device")
+        if self.hardware.device.kind != "cuda":
+            return away + back
+        forward, backward = (trace.segments[name, path, k].seconds for name in ("F", "B"))
+        return max(0.0, away - forward) + max(0.0, back - backward)
+
+    def problem(self, skeleton: Skeleton) -> tuple[Composer, Problem]:
+        key = (skeleton, self.request.sequence)
+        if key not in self._problems:
+            life = Life(skeleton.in_backward, self.request.batch // skeleton.globals.micro)
+            family = self.family(skeleton.globals)
+            composer = Composer(family, life, self._update(skeleton))
+            self._problems[key] = (composer, Problem(composer, self._block_options()))
+        return self._problems[key]
+
+    def _update(self, skeleton: Skeleton) -> UpdateCosts:
+        key = (skeleton.optimizer, skeleton.globals.dtype)
+        if key not in self._updates:
+            planned = self.methods_of(replace(skeleton, in_backward=False), {})
+
+            def make(parameters):
+                named = [(f"p{i}", p) for i, p in enumerate(parameters)]
+                return apply.make_optimizer(named, planned, 1e-3, 0.0)
+
+            self._updates[key] = UpdateCosts(make, self.hardware.seconds)
+        return self._updates[key]
+
+    @cached_property
+    def _dense_elements(self) -> int:
+        weights: dict[int, int] = {}
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            try:
+                module = getattr(self.skeleton_model, name)()
+            except (AttributeError, NotImplementedError):
+                continue  # not every architecture has them
+            if module is not None:
+                weights |= {id(p): p.numel() for p in module.parameters()}
+        return sum(weights.values())
+
+    def least_bytes(self, skeleton: Skeleton) -> int:
+        """A lower bound without a trace: full parameters in their dtype, and their states."""
+        common = skeleton.globals
+        size = getattr(torch, common.dtype).itemsize
+        count = sum(p.numel() for p in self.skeleton_model.parameters())
+        if common.adapter:
+            # Integer weights keep the embeddings and the head dense.
+            bits = {"int4": 4, "int8": 8}.get(common.weights or "", 8 * size)
+            bits = 3 if common.adapter == "peqa" else bits
+            dense = min(self._dense_elements, count)
+            return dense * size + (count - dense) * bits // 8
+        gradients = 0 if skeleton.in_backward else size * count
+        state_bytes = methods()[skeleton.optimizer].state_bytes
+        states = 0
+        if state_bytes is not None:
+            knobs = methods()[skeleton.optimizer].defaults()
+            states = sum(
+                state_bytes(tuple(p.shape), getattr(torch, common.dtype), **knobs)
+                for p in self.skeleton_model.parameters()
+            )
+        return size * count + gradients + states
+
+    def _least_seconds(self, skeleton: Skeleton) -> float:
+        """A lower bound without a trace: saving less and splitting a batch never save time."""
+        plain = replace(skeleton.globals, saved=(), micro=self.request.batch)
+        if self._family_key(plain) not in self._families:
+            return 0.0
+        composer, _ = self.problem(replace(skeleton, globals=plain))
+        return Problem(composer, ["keep"]).least_seconds()
+
+    def search(self, budget: Budget, allow: str | None = None) -> Candidate | None:
+        """The best plan within `budget`, by the order of preference; None where nothing fits."""
+        room = replace(budget, device=max(0, budget.device - self.reserve))
+        best: Candidate | None = None
+        for skeleton in self.skeletons(allow):
+            quality = (skeleton.quality.rank, round(skeleton.quality.estimate, 6))
+            if best is not None and quality > best.order[:2]:
+                break
+            if self.least_bytes(skeleton) > room.device:
+                continue
+            if best is not None and self._least_seconds(skeleton) >= best.seconds:
+                continue
+            composer, problem = self.problem(skeleton)
+            if best is not None and problem.least_seconds() >= best.seconds:
+                continue
+            solution = problem.fastest(room)
+            if solution is None:
+                continue
+            candidate = Candidate(skeleton, composer, problem, solution)
+            if best is None or candidate.order < best.order:
+                best = candidate
+        return best
+
+    def smallest(self, allow: str | None = None) -> Candidate:
+        """The plan with the fewest device bytes up to a quality."""
+        budget = self.request.budget
+        rough: list[Candidate] = []
+        skeletons = self.skeletons(allow)
+        narrow = {replace(s, quality=EXACT) for s in skeletons if s.globals.dtype == "bfloat16"}
+        for skeleton in sorted(skeletons, key=self.least_bytes):
+            half = replace(skeleton.globals, dtype="bfloat16")
+            if skeleton.globals.dtype != "bfloat16" and (
+                replace(skeleton, globals=half, quality=EXACT) in narrow
+            ):
+                continue  # the same plan in half the bytes is allowed
+            low = min((c.peak for c in rough), default=UNBOUNDED)
+            if self.least_bytes(skeleton) >= low:
+                continue
+            composer, problem = self.problem(skeleton)
+            solution = problem.smallest_uniform(budget)
+            rough.append(Candidate(skeleton, composer, problem, solution))
+        low = min((c.peak for c in rough), default=0)
+        best: Candidate | None = None
+        for candidate in sorted(rough, key=lambda c: c.peak):
+            # Mixing options gains a little over the best uniform choice, never much.
+            hopeless = candidate.problem.least_peak() >= low or candidate.peak > 1.05 * low
+            if hopeless and best is not None:
+                continue
+            solution = candidate.problem.smallest(budget)
+            candidate = replace(candidate, solution=solution)
+            if best is None or candidate.peak < best.peak:
+                best = candidate
+        if best is None:
+            raise UsageError(
+                f"no method of tune={self.request.tuning} and allow={self.request.allow} applies "
+                f"to {self.source.name}; try --tune any or --allow lossy"
+            )
+        return best
+
+
+def _refusal(keys: list[str]) -> str | None:
+    """Why methods exclude each other, or None."""
+    chosen = [methods()[k] for k in keys]
+    for one in chosen:
+        for other, reason in one.forbids.items():
+            if other in keys:
+                return f"{one.key} excludes {other}: {reason}"
+        for needed, reason in one.requires.items():
+            if needed not in keys:
+                return f"{one.key} needs {needed}: {reason}"
+    for one, two in itertools.combinations(chosen, 2):
+        shared = one.writes & two.writes
+        if shared:
+            category, what = sorted(shared)[0]
+            return f"{one.key} and {two.key} both write the {what} of {category}"
+    return None
