@@ -42,7 +42,9 @@ class Trainable:
 class Family:
     """One model under fixed global methods: traces by block option, persistent bytes.
 
-    `options[name]` is a trace in which every block runs under that option. `moved[place]` holds
+    `options[name]` is a trace in which every block runs under that option, fit for mixing: what
+    blocks share lives as long as under any option. `uniform[name]` is the same for no mixture.
+    `moved[place]` holds
     the bytes that a traced block puts into an arena of that place, `extra_seconds` the exposed
     time of these copies.
     """
@@ -51,6 +53,7 @@ class Family:
     options: dict[str, Trace]
     base: dict[str, int]
     trainable: list[Trainable]
+    uniform: dict[str, Trace] = field(default_factory=dict)
     extra_seconds: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
     moved: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)
 
@@ -142,7 +145,7 @@ class Composer:
 
     def __init__(self, family: Family, life: Life, update: Callable[..., UpdateCost]):
         self.family, self.life, self.update = family, life, update
-        self._summaries: dict[tuple[str, Key, bool], Summary] = {}
+        self._summaries: dict[tuple[str, Key, bool, bool], Summary] = {}
         self.gradient_bytes = sum(
             t.count * int(np.prod(t.shape)) * t.dtype.itemsize for t in family.trainable
         )
@@ -151,12 +154,13 @@ class Composer:
         self.scratch = max((cost.scratch for _, cost in costs), default=0)
         self.update_seconds = sum(count * cost.seconds for count, cost in costs)
 
-    def summary(self, option: str, key: Key, later: bool) -> Summary:
-        found = self._summaries.get((option, key, later))
+    def summary(self, option: str, key: Key, later: bool, uniform: bool = False) -> Summary:
+        """A segment under an option, in a mixture or where all blocks are alike."""
+        found = self._summaries.get((option, key, later, uniform))
         if found is None:
-            segment = self.family.options[option].segments[key]
-            found = summarise(segment, self.life, later, self.update)
-            self._summaries[option, key, later] = found
+            traces = self.family.uniform if uniform else self.family.options
+            found = summarise(traces[option].segments[key], self.life, later, self.update)
+            self._summaries[option, key, later, uniform] = found
         return found
 
     def option_of(self, key: Key, choice: Mapping[tuple[str, int], str]) -> str:
@@ -183,6 +187,8 @@ class Composer:
     def ledger(self, choice: Mapping[tuple[str, int], str]) -> Ledger:
         """Bytes of the whole step where block b runs under `choice[b]`."""
         best: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
+        kinds = set(choice.values())
+        alike = next(iter(kinds)) if len(kinds) == 1 else None
 
         def offer(place: int, phase: int, cells: np.ndarray) -> None:
             total = int(cells[place].sum())
@@ -192,7 +198,8 @@ class Composer:
         for later in self.micro_steps():
             cells = self.base(later)
             for traced, real in self.family.layout:
-                summary = self.summary(self.option_of(real, choice), traced, later)
+                option = alike or self.option_of(real, choice)
+                summary = self.summary(option, traced, later, alike is not None)
                 for place, phases in summary.peaks.items():
                     for phase, (_, relative) in phases.items():
                         offer(place, phase, cells + relative)

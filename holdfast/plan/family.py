@@ -1,5 +1,6 @@
 """Build a family: trace a model under its global methods, once for each option of a block."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -74,7 +75,10 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
         if moved:
             family.moved[name] = moved
         family.base["inputs"] = trace.base["inputs"]
+    family.uniform = copy.deepcopy(family.options)
     if all(trace.regular for trace in family.options.values()):
+        for trace in family.uniform.values():
+            align_([trace], stacks)
         align_(list(family.options.values()), stacks)
     return family
 

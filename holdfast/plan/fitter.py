@@ -344,8 +344,9 @@ class Fitter:
         if moving:
             # Bytes leave the device alike, whether they go to the host or to disk.
             trace, moved = family.options.pop("moved"), family.moved.pop("moved", {})
+            alike = family.uniform.pop("moved")
             for place in moving:
-                family.options[place] = trace
+                family.options[place], family.uniform[place] = trace, alike
                 family.moved[place] = moved
                 family.extra_seconds[place] = {
                     block: self._copy_seconds(trace, block, nbytes, place)

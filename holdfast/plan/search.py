@@ -38,6 +38,7 @@ class Problem:
 
     def __init__(self, composer: Composer, options: list[str]):
         self.composer, self.options = composer, options
+        self._uniform: dict[str, int] = {}
         self.blocks = composer.family.blocks
         index = {block: i for i, block in enumerate(self.blocks)}
         count, width = len(self.blocks), len(options)
@@ -91,10 +92,20 @@ class Problem:
 
     def peak(self, choice: Mapping[Block, str]) -> int:
         """Device bytes at the highest instant."""
+        kinds = set(choice.values())
+        if len(kinds) == 1:
+            return self._uniform_peak(kinds.pop())
         picked = np.zeros((len(self.blocks), len(self.options)), np.int64)
         for i, block in enumerate(self.blocks):
             picked[i, self.options.index(choice[block])] = 1
         return int((self.rows @ picked.reshape(-1) + self.constants).max())
+
+    def _uniform_peak(self, option: str) -> int:
+        # Exact, where the rows bound what blocks under different options share.
+        if option not in self._uniform:
+            ledger = self.composer.ledger(self.composer.uniform(option))
+            self._uniform[option] = ledger.peak("device")
+        return self._uniform[option]
 
     def seconds(self, choice: Mapping[Block, str]) -> float:
         return self.fixed_seconds + sum(
@@ -129,8 +140,9 @@ class Problem:
         if self.constants.size and not self.blocks:
             fits = int(self.constants.max()) <= budget.device
             return Solution({}, self.fixed_seconds, True) if fits else None
+        best = self._fastest_uniform(budget)
         if self.least_peak() > budget.device:
-            return None
+            return best
         quick = {b: self.options[i] for b, i in zip(self.blocks, self.costs.argmin(1), strict=True)}
         if self.fits(quick, budget):
             return Solution(quick, self.seconds(quick), True)
@@ -138,14 +150,21 @@ class Problem:
         for _ in range(4):
             answer = self._solve(self.costs.reshape(-1), limit, budget)
             if answer is None:
-                return None
+                return best
             choice, proved = answer
             excess = self.peak(choice) - budget.device
             if excess <= 0 and self._room(choice, budget):
-                return Solution(choice, self.seconds(choice), proved)
+                mixed = Solution(choice, self.seconds(choice), proved)
+                return min((s for s in (best, mixed) if s), key=lambda s: s.seconds)
             # The solver works in floats: step back by what its tolerance let through.
             limit -= max(excess, 1) * 2
-        return None
+        return best
+
+    def _fastest_uniform(self, budget: Budget) -> Solution | None:
+        alike = [self.composer.uniform(option) for option in self.options]
+        fitting = [c for c in alike if self.fits(c, budget)]
+        found = [Solution(c, self.seconds(c), True) for c in fitting]
+        return min(found, key=lambda s: s.seconds, default=None)
 
     def smallest_uniform(self, budget: Budget) -> Solution:
         """Least device bytes with all blocks alike."""

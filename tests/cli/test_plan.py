@@ -77,7 +77,7 @@ def test_train_sorts_what_fits_first_and_names_the_smallest_budget(few, capsys):
     assert f"--budget {smallest}" in shown.err
     header = next(line for line in shown.out.splitlines() if "parameters" in line)
     assert "activations" in header and "plain fp32 AdamW" in shown.out
-    assert lines[-1] == "left out: chunked loss: no language model"
+    assert shown.out.splitlines()[-1] == "left out: chunked loss: no language model"
 
 
 def test_show_prints_methods_blocks_and_bytes(tmp_path, capsys):
