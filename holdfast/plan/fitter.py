@@ -420,8 +420,8 @@ class Fitter:
         return size * count + gradients + states
 
     def _least_seconds(self, skeleton: Skeleton) -> float:
-        """A lower bound without a trace: saving less and splitting a batch never save time."""
-        plain = replace(skeleton.globals, saved=(), micro=self.request.batch)
+        """A lower bound without a trace of its own: splitting a batch never saves time."""
+        plain = replace(skeleton.globals, micro=self.request.batch)
         if self._family_key(plain) not in self._families:
             return 0.0
         composer, _ = self.problem(replace(skeleton, globals=plain))

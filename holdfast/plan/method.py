@@ -1,9 +1,8 @@
 """Method: what the planner sees of a system.
 
-A method never returns a total. It edits a `Record` that every tensor of the model has, in four
-fields (form, extent, place, life), and one engine sums bytes from the edited records, so that
-formulas compose by construction. Transient bytes come from tracing the step with the method
-applied.
+A method never returns a total. It names which field (form, extent, place, life) of which category
+it writes, and changes the model or makes the optimizer. One engine traces the changed step and sums
+what its events hold, so that bytes compose by construction and no formula is believed untested.
 """
 
 from collections.abc import Callable, Mapping
