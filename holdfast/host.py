@@ -78,7 +78,7 @@ def cores() -> int:
 def data_dir() -> Path:
     """Where optional data lies: `HOLDFAST_DATA`, else `../shared/data` beside the checkout."""
     given = os.environ.get("HOLDFAST_DATA")
-    return Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
+    return Path(given) if given else Path(__file__).parents[2] / "shared" / "data"
 
 
 def cache_dir() -> Path:

@@ -22,7 +22,7 @@ from holdfast.files import write_text
 from holdfast.host import PeakRss
 from holdfast.ledger import Ledger
 from holdfast.meter import Meter
-from holdfast.native.allocator import WholeRunPeak
+from holdfast.native.allocator import AllocatorPeak, WholeRunPeak
 from holdfast.plan.models import ModelSource, loss_of, resolve
 from holdfast.plan.plan import Plan
 from holdfast.training import adapters, checkpoint
@@ -141,7 +141,19 @@ class Run:
                 f"{self.source.name} is a {self.source.task_head} model; `train` reads text for "
                 "causal language models, for other models use plan.apply in a loop of your own"
             )
-        if overwrite and self.out.exists():
+        self._claim_directory(overwrite)
+
+    def _claim_directory(self, overwrite: bool) -> None:
+        """Make the directory, or take over a run's; a directory of anything else stays as it is."""
+        present = {p.name for p in self.out.iterdir()} if self.out.is_dir() else set()
+        # A run that was killed at once leaves its plan alone, perhaps half-named.
+        foreign = {n for n in present if n != PLAN and not n.startswith(f".{PLAN}")}
+        if self.out.is_file() or (foreign and SETTINGS not in present):
+            raise UsageError(
+                f"{self.out} exists and holds no run ({', '.join(sorted(foreign)[:3])}); "
+                "name a new directory with --out"
+            )
+        if overwrite and present:
             shutil.rmtree(self.out)
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -161,7 +173,10 @@ class Run:
         data = prepare(self.settings.data, self.tokenizer, spec.sequence, batch_hint=spec.batch)
         self._same_settings(data)
         self.steps = self.settings.steps or max(1, len(data.train) // spec.batch)
-        with WholeRunPeak(self.device) as self.peak, PeakRss() as self.rss:
+        counted = self.device.type == "cuda" or AllocatorPeak.supported()[0]
+        # Without the native allocator, what the Meter saw stands alone.
+        whole = WholeRunPeak(self.device) if counted else nullcontext()
+        with whole as self.peak, PeakRss() as self.rss:
             self._train(data)
         return self._finish(data)
 
@@ -194,8 +209,9 @@ class Run:
     def _train(self, data: Dataset) -> None:
         spec = self.plan.spec
         model = load_model(self.plan, self.source, self.device)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        if len(self.tokenizer) > vocabulary:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        vocabulary = None if embeddings is None else embeddings.weight.shape[0]
+        if vocabulary is not None and len(self.tokenizer) > vocabulary:
             raise UsageError(
                 f"the tokenizer has {len(self.tokenizer)} tokens, the model {vocabulary} "
                 "embeddings; choose the model's own tokenizer"
@@ -342,7 +358,7 @@ class Run:
     def _report(self, data: Dataset) -> dict[str, Any]:
         predicted, measured = self.plan.predicted, self.measured.ledger
         budget = self.plan.budget
-        whole = self.peak.peak
+        whole = None if self.peak is None else self.peak.peak
         peaks = [measured.peak("device")] + ([whole] if whole is not None else [])
         return {
             "predicted": _summary(predicted),

@@ -154,3 +154,22 @@ def test_another_plan_exits_2_and_overwrite_starts_over(bench):
     code, _, err = bench.train(batch=2, micro_batch=2)
     assert code == 2 and "another plan" in err
     assert bench.train("--overwrite", batch=2, micro_batch=2)[0] == 0
+
+
+@pytest.mark.parametrize("options", [(), ("--overwrite",)])
+def test_a_directory_of_something_else_is_left_alone(bench, options):
+    precious = bench.directory / "out" / "model.safetensors"
+    precious.parent.mkdir()
+    precious.write_bytes(b"weights of years")
+    code, _, err = bench.train(*options)
+    assert code == 2 and "exists and holds no run (model.safetensors)" in err
+    assert precious.read_bytes() == b"weights of years"
+
+
+def test_trains_where_the_allocator_cannot_be_counted(bench, monkeypatch):
+    from holdfast.native.allocator import AllocatorPeak
+
+    monkeypatch.setattr(AllocatorPeak, "supported", staticmethod(lambda: (False, "not built")))
+    code, out, _ = bench.train("--json")
+    measured = json.loads(out)["measured"]
+    assert code == 0 and measured["allocator_peak_bytes"] is None and measured["peak_bytes"] > 0
