@@ -13,6 +13,7 @@ Bytes are deterministic, also on a CPU, so a claim about memory is a test. Three
 import contextlib
 import functools
 import gc
+import logging
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -454,7 +455,16 @@ class _Assume(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             return True
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            return _grouped_mm(*args[:3])  # torch's own shape rule knows bfloat16 alone
         return func(*args, **(kwargs or {}))
+
+
+def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """An empty result of a grouped product; two matrices give one product for each group."""
+    groups = (ends.numel(),) if a.dim() == b.dim() == 2 else ()
+    batch = (a.shape[0],) if a.dim() == b.dim() == 3 else ()
+    return a.new_empty(*groups, *batch, a.shape[-2], b.shape[-1])
 
 
 @contextlib.contextmanager
@@ -465,10 +475,15 @@ def fake_step() -> Iterator[FakeTensorMode]:
     # Transformers builds a full attention mask when it sees fake tensors, which a real run skips.
     original = import_utils.is_fake_tensor
     import_utils.is_fake_tensor = lambda x: False
+    # A step that cannot be traced raises; torch would print the same error once more.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Assume():
             yield mode
     finally:
+        logger.setLevel(level)
         import_utils.is_fake_tensor = original
 
 

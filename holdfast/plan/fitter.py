@@ -17,7 +17,7 @@ from torch import nn
 
 from holdfast import attach
 from holdfast.budget import Budget
-from holdfast.errors import UsageError
+from holdfast.errors import HoldfastError, UsageError
 from holdfast.ledger import Ledger
 from holdfast.places import DiskArena
 from holdfast.plan import apply
@@ -104,6 +104,11 @@ class Globals:
     saved: tuple[str, ...]
     micro: int
 
+    def label(self) -> str:
+        return " + ".join(
+            [self.dtype, *(p for p in (self.weights, self.adapter) if p), *self.saved]
+        )
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -173,6 +178,7 @@ class Fitter:
     _families: dict[tuple, Family] = field(default_factory=dict)
     _problems: dict[tuple[Skeleton, int], tuple[Composer, Problem]] = field(default_factory=dict)
     _updates: dict[tuple[str, str], UpdateCosts] = field(default_factory=dict)
+    left_out: dict[Globals, str] = field(default_factory=dict)
 
     def __post_init__(self):
         self.source = resolve(self.request.model)
@@ -364,6 +370,29 @@ class Fitter:
         forward, backward = (trace.segments[name, path, k].seconds for name in ("F", "B"))
         return max(0.0, away - forward) + max(0.0, back - backward)
 
+    def traceable(self, skeleton: Skeleton) -> bool:
+        """Whether the skeleton's step can be traced; why not is kept in `left_out`.
+
+        Raises:
+            HoldfastError: no skeleton is left.
+        """
+        common = skeleton.globals
+        if common not in self.left_out:
+            try:
+                self.family(common)
+                return True
+            except UsageError:
+                raise
+            except Exception as error:  # whatever a model's own code may raise
+                self.left_out[common] = f"{type(error).__name__}: {error}".splitlines()[0]
+        if all(s.globals in self.left_out for s in self.skeletons()):
+            raise HoldfastError(
+                f"a step of {self.source.name} in {common.dtype} cannot be traced "
+                f"({self.left_out[common]}); try --dtype bfloat16 with --allow lossy, or measure "
+                "it with holdfast.meter.Meter"
+            )
+        return False
+
     def problem(self, skeleton: Skeleton) -> tuple[Composer, Problem]:
         key = (skeleton, self.request.sequence)
         if key not in self._problems:
@@ -439,6 +468,8 @@ class Fitter:
                 continue
             if best is not None and self._least_seconds(skeleton) >= best.seconds:
                 continue
+            if not self.traceable(skeleton):
+                continue
             composer, problem = self.problem(skeleton)
             if best is not None and problem.least_seconds() >= best.seconds:
                 continue
@@ -464,6 +495,8 @@ class Fitter:
                 continue  # the same plan in half the bytes is allowed
             low = min((c.peak for c in rough), default=UNBOUNDED)
             if self.least_bytes(skeleton) >= low:
+                continue
+            if not self.traceable(skeleton):
                 continue
             composer, problem = self.problem(skeleton)
             solution = problem.smallest_uniform(budget)

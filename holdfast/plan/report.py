@@ -37,6 +37,7 @@ def document(fitter: Fitter, best: Candidate, plan: Plan, front: list[Candidate]
             "phase": ledger.peak_phase("device"),
         },
         "relaxations": [],
+        "left_out": _left_out(fitter),
     }
 
 
@@ -57,6 +58,8 @@ def show(
         f"peak {format_bytes(best.peak)} in {best.ledger.peak_phase('device')}, "
         f"{best.seconds:.3g} s per step on {fitter.hardware.name} (predicted)"
     )
+    for what, reason in _left_out(fitter).items():
+        console.print(f"left out, cannot be traced: {what}: {reason}")
     if fitter.reserve:
         console.print(f"{format_bytes(fitter.reserve)} are kept free for what is no tensor")
     methods = Table("what", "how", title="Plan", show_header=False)
@@ -88,6 +91,10 @@ def show(
     if explain:
         _explain(console, fitter, best)
     console.print(f"wrote {out}; run it with: holdfast train {out} --data PATH")
+
+
+def _left_out(fitter: Fitter) -> dict[str, str]:
+    return {common.label(): reason for common, reason in fitter.left_out.items()}
 
 
 def _named(spec) -> list[str]:

@@ -3,13 +3,17 @@
 import itertools
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from torch import nn
+from transformers import LlamaConfig, MixtralConfig
 
 from holdfast.budget import Budget
-from holdfast.errors import DoesNotFit, UsageError
+from holdfast.errors import DoesNotFit, HoldfastError, UsageError
 from holdfast.ledger import Ledger
+from holdfast.meter import Meter
 from holdfast.plan.fit import fit
 from holdfast.plan.fitter import Candidate, Fitter, Request
+from holdfast.plan.models import resolve
 from holdfast.plan.search import every
 
 CONFIG = LlamaConfig(
@@ -113,3 +117,43 @@ def test_fit_that_cannot_says_how(fitter):
 def test_bad_requests(options, message):
     with pytest.raises(UsageError, match=message):
         fit(CONFIG, "64MiB", **{"hardware": "cpu-2core", **options})
+
+
+def test_experts_are_predicted_to_the_byte():
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    options = {"sequence": 32, "hardware": "cpu-2core", "optimizer": "adamw", "tune": "full"}
+    plan = fit(config, "1GiB", **options)
+    source = resolve(config)
+    model, optimizer = plan.apply(source.build("cpu"))
+    batch = source.example_inputs(1, 32, "cpu")
+    for _ in range(2):
+        with Meter(model, optimizer, inputs=batch) as meter:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert meter.peak == plan.predicted.peak("device")
+
+
+class AsksItsData(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.linear(x).mean() * float(x.sum())
+
+    def example_inputs(self, batch, sequence, device):
+        return {"x": torch.ones(batch, 4, device=device)}
+
+
+def test_a_model_that_cannot_be_traced_says_why():
+    with pytest.raises(HoldfastError, match=r"AsksItsData in float32 cannot be traced \(.*Meter"):
+        fit(AsksItsData(), "1GiB", task="pretrain", hardware="cpu-2core")
