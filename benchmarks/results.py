@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from holdfast import host, native
-from holdfast.plan.file import write_text
+from holdfast.files import write_text
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 PACKAGES = ("torch", "transformers", "peft", "torchao", "galore-torch", "bitsandbytes")

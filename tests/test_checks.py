@@ -9,6 +9,7 @@ from holdfast import catalogue, checks
 from holdfast.checks import Result, docs, tinylm
 from holdfast.cli import main
 from holdfast.errors import UsageError
+from holdfast.files import write_text
 
 
 def run_cli(*args):
@@ -147,7 +148,7 @@ def test_failed_write_keeps_the_old_record(tmp_path, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        checks.write_text(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
 

@@ -9,8 +9,6 @@ import importlib
 import inspect
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,26 +175,10 @@ def write_record(result: dict[str, Any]) -> Path:
     """Store what `run_check` returned, with the hashes of its sources; atomic."""
     record = result | {"sha256": catalogue.source_hashes(result["system"])}
     path = catalogue.RECORDS / f"{result['system']}.json"
+    from holdfast.files import write_text  # imports torch
+
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a kill, finds the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            # Temporary files are private; what replaces a shared file should not be.
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def figures(numbers: dict[str, Any]) -> str:

@@ -13,7 +13,9 @@ def write() -> bool:
     """Regenerate docs/systems.md; False where there is no docs folder, outside a checkout."""
     if not PATH.parent.is_dir():
         return False
-    checks.write_text(PATH, generate())
+    from holdfast.files import write_text  # imports torch
+
+    write_text(PATH, generate())
     return True
 
 
