@@ -28,6 +28,10 @@ def fit(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     optimizer: Annotated[str, typer.Option(help="A method's key, or any.")] = "any",
     adapter: Annotated[str, typer.Option(help="A method's key, or any.")] = "any",
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Exactly these, for example lora,int4,memsave; see holdfast systems."),
+    ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="Preset or file that time is predicted for.")
     ] = None,
@@ -49,7 +53,8 @@ def fit(
     from holdfast.plan import fit as planner
     from holdfast.plan import report
     from holdfast.plan.file import training
-    from holdfast.plan.fitter import Fitter, Request
+    from holdfast.plan.fitter import Fitter
+    from holdfast.plan.skeletons import Request
     from holdfast.units import parse_bytes
 
     with cli.stdout_is_json(json):
@@ -65,6 +70,7 @@ def fit(
             dtype=dtype,
             optimizer=optimizer,
             adapter=adapter,
+            methods=tuple(methods.split(",")) if methods else (),
             hardware=hardware,
             reserve=None if reserve is None else parse_bytes(reserve),
             clip=clip,

@@ -44,7 +44,7 @@ def train(
     Example: holdfast plan train gpt2 --budget 16GiB
     """
     from holdfast.budget import Budget
-    from holdfast.plan.fitter import Request
+    from holdfast.plan.skeletons import Request
     from holdfast.training import recipes
     from holdfast.units import parse_bytes
 

@@ -1,5 +1,6 @@
 """Apply a plan's methods to a model, real or traced: one program for prediction and run."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from holdfast.places import Arena, offload
 from holdfast.plan.blocks import find_stacks
 from holdfast.plan.file import Choice, Methods, parse_runs
 from holdfast.plan.method import Method
+from holdfast.plan.records import refusal
 from holdfast.plan.registry import method
 from holdfast.training.loss import chunk_loss_
 from holdfast.training.step import StepInBackward, recompute
@@ -32,19 +34,17 @@ def chosen(choice: Choice, slot: str) -> tuple[Method, dict[str, Any]]:
 
 def prepare(model: nn.Module, methods: Methods) -> nn.Module:
     """Weights, adapter, saved tensors and loss, in this order, in place."""
-    for slot, choices in (
-        ("weights", [methods.weights]),
-        ("adapter", [methods.adapter]),
-        ("saved", methods.saved),
-    ):
-        for choice in choices:
-            if choice is None:
-                continue
-            found, knobs = chosen(choice, slot)
-            reason = found.applies(model, **knobs)
-            if reason is not None:
-                raise UsageError(f"{slot} {found.key} does not apply to this model: {reason}")
-            found.apply(model, **knobs)
+    every = _all_chosen(methods)
+    reason = refusal(found.key for found, _ in every)
+    if reason is not None:
+        raise UsageError(f"these methods do not go together: {reason}")
+    for found, knobs in every:
+        if found.slot == "optimizer":
+            continue
+        reason = found.applies(model, **knobs)
+        if reason is not None:
+            raise UsageError(f"{found.slot} {found.key} does not apply to this model: {reason}")
+        found.apply(model, **knobs)
     if methods.loss_chunk:
         chunk_loss_(model, methods.loss_chunk)
     return model
@@ -83,6 +83,32 @@ def set_blocks(model: nn.Module, blocks: dict[str, str], arenas: dict[str, Arena
             else:
                 for block in chosen_blocks:
                     set_option(block, option, None)
+
+
+def wrap_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, methods: Methods
+) -> torch.optim.Optimizer:
+    """What steps instead of `optimizer` where a method also acts around each step."""
+    for found, knobs in _all_chosen(methods):
+        if found.wrap is not None:
+            optimizer = found.wrap(model, optimizer, **knobs)
+    return optimizer
+
+
+def calibrate(model: nn.Module, batches: Sequence[Mapping[str, Any]], methods: Methods) -> None:
+    """Let methods that start from data see some, once, before a new run's first step."""
+    for found, knobs in _all_chosen(methods):
+        if found.calibrate is not None:
+            found.calibrate(model, batches, **knobs)
+
+
+def _all_chosen(methods: Methods) -> list[tuple[Method, dict[str, Any]]]:
+    single = {"weights": methods.weights, "adapter": methods.adapter}
+    return [
+        *(chosen(choice, slot) for slot, choice in single.items() if choice is not None),
+        *(chosen(choice, "saved") for choice in methods.saved),
+        chosen(methods.optimizer, "optimizer"),
+    ]
 
 
 def make_optimizer(

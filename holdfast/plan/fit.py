@@ -10,10 +10,11 @@ from typing import Any
 from holdfast.budget import PLACES, Budget
 from holdfast.errors import DoesNotFit
 from holdfast.plan.file import PlanFile, Training
-from holdfast.plan.fitter import QUALITIES, Candidate, Fitter, Request
+from holdfast.plan.fitter import Candidate, Fitter
 from holdfast.plan.models import ModelSource
 from holdfast.plan.plan import Plan
 from holdfast.plan.search import Solution
+from holdfast.plan.skeletons import QUALITIES, Request
 from holdfast.units import format_bytes
 
 

@@ -6,8 +6,6 @@ skeletons, choices per block a mixed-integer program.
 """
 
 import copy
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,107 +23,21 @@ from holdfast.plan.compose import Composer, Family, Life
 from holdfast.plan.family import UpdateCosts, trace_family
 from holdfast.plan.file import Choice, Methods, format_runs
 from holdfast.plan.hardware import Hardware, default_hardware, load_hardware
-from holdfast.plan.method import EXACT, Quality
+from holdfast.plan.method import EXACT
 from holdfast.plan.models import ModelSource, resolve
 from holdfast.plan.models import loss_of as scalar_loss
-from holdfast.plan.registry import method, methods, of_slot
+from holdfast.plan.registry import methods
 from holdfast.plan.search import Problem, Solution
+from holdfast.plan.skeletons import QUALITIES, Globals, Request, Skeleton, generate
 from holdfast.training.loss import can_chunk
 
-QUALITIES = ("exact", "bounded", "lossy")
-TUNES = ("any", "full", "adapter")
-# Logits of one chunk of the loss, in fp32.
-CHUNK_BYTES = 64 * 2**20
-BF16 = Quality("lossy", 0.03, "holdfast check bf16")
 UNBOUNDED = 2**62
 # What torch's CPU allocator holds beside tensors: a generator's state for each recomputed block,
 # and the scratch of its attention kernel.
 RNG_STATE = 5056
 ATTENTION_WORKSPACE = 2**16
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks `fit` for.
-
-    Args:
-        model: anything `resolve` takes; budget: anything `Budget.parse` takes.
-        batch: sequences in one optimizer step; the plan may split it into micro-batches.
-        tune: which parameters train; by default any for finetune, full for pretrain.
-        allow: the worst quality that is considered.
-        dtype: of parameters; auto keeps a config's bfloat16 for frozen weights, else float32.
-        optimizer, adapter: a method's key, or any.
-        hardware: preset or file that time is predicted for.
-        reserve: device bytes kept free; by default 1 GiB on CUDA hardware, on a CPU what its
-            allocator holds beside tensors.
-    """
-
-    model: Any
-    budget: Budget
-    task: str = "finetune"
-    batch: int = 1
-    sequence: int = 1024
-    tune: str | None = None
-    allow: str = "bounded"
-    dtype: str = "auto"
-    optimizer: str = "any"
-    adapter: str = "any"
-    hardware: str | None = None
-    reserve: int | None = None
-    clip: float | None = None
-
-    def __post_init__(self):
-        for name, value, known in (
-            ("task", self.task, ("finetune", "pretrain")),
-            ("tune", self.tune, (None, *TUNES)),
-            ("allow", self.allow, QUALITIES),
-            ("dtype", self.dtype, ("auto", "float32", "bfloat16")),
-        ):
-            if value not in known:
-                options = ", ".join(str(k) for k in known if k)
-                raise UsageError(f"{name} {value!r} is unknown; use one of {options}")
-        for name in ("batch", "sequence"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} {value!r} is not a positive integer; use 1 or more")
-
-    @property
-    def tuning(self) -> str:
-        return self.tune or ("full" if self.task == "pretrain" else "any")
-
-
-@dataclass(frozen=True)
-class Globals:
-    """The part of a skeleton that needs a trace of its own."""
-
-    dtype: str
-    weights: str | None
-    adapter: str | None
-    saved: tuple[str, ...]
-    micro: int
-
-    def label(self) -> str:
-        return " + ".join(
-            [self.dtype, *(p for p in (self.weights, self.adapter) if p), *self.saved]
-        )
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """All global choices: what remains is an option for every block."""
-
-    globals: Globals
-    optimizer: str
-    in_backward: bool
-    quality: Quality
-
-    def label(self) -> str:
-        parts = [self.globals.dtype]
-        parts += [p for p in (self.globals.weights, self.globals.adapter) if p]
-        parts += [self.optimizer, *self.globals.saved]
-        if self.in_backward:
-            parts.append("gradients in backward")
-        return " + ".join(parts)
+# Logits of one chunk of the loss, in fp32.
+CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -160,12 +72,6 @@ class Candidate:
         for path, index in self.problem.blocks:
             by_stack.setdefault(path, []).append(self.solution.choice[path, index])
         return {path: format_runs(options) for path, options in by_stack.items()}
-
-
-def _combined(parts: list[Quality]) -> Quality:
-    worst = max(parts, key=lambda q: q.rank)
-    sources = ", ".join(dict.fromkeys(q.source for q in parts if q.source))
-    return Quality(worst.kind, sum(q.estimate for q in parts), sources)
 
 
 @dataclass
@@ -208,18 +114,6 @@ class Fitter:
     def _stored_dtype(self) -> str:
         return str(getattr(self.source.config, "dtype", None) or "").removeprefix("torch.")
 
-    @cached_property
-    def dtypes(self) -> list[tuple[str, Quality, Quality]]:
-        """(dtype, quality when everything trains, quality when only an adapter trains)."""
-        stored = self._stored_dtype
-        known = {
-            "float32": ("float32", EXACT, EXACT),
-            "bfloat16": ("bfloat16", BF16, EXACT if stored == "bfloat16" else BF16),
-        }
-        if self.request.dtype != "auto":
-            return [known[self.request.dtype]]
-        return [known["float32"], known["bfloat16"]]
-
     def chunk(self) -> int:
         if can_chunk(self.skeleton_model) is not None:
             return 0
@@ -233,53 +127,14 @@ class Fitter:
 
     def skeletons(self, allow: str | None = None) -> list[Skeleton]:
         """All global choices up to a quality, best quality first."""
-        limit = QUALITIES.index(allow or self.request.allow)
+        # What is named is wanted, whatever its quality.
+        limit = QUALITIES.index("lossy" if self.request.methods else allow or self.request.allow)
         found = [s for s in self._skeletons if s.quality.rank <= limit]
         return sorted(found, key=lambda s: (s.quality.rank, round(s.quality.estimate, 6)))
 
     @cached_property
     def _skeletons(self) -> list[Skeleton]:
-        return list(self._generate())
-
-    def _generate(self) -> Iterator[Skeleton]:
-        request = self.request
-        tunes = ["full", "adapter"] if request.tuning == "any" else [request.tuning]
-        adapters: list[str | None] = [None] if "full" in tunes else []
-        if "adapter" in tunes:
-            keys = [m.key for m in of_slot("adapter") if m.automatic]
-            if request.adapter != "any":
-                keys = [method(request.adapter, "adapter").key]
-            adapters += [k for k in keys if self._applies(k)]
-        weights = [None] + [
-            m.key for m in of_slot("weights") if m.automatic and self._applies(m.key)
-        ]
-        saved_keys = [m.key for m in of_slot("saved") if m.automatic and self._applies(m.key)]
-        saved_sets = [c for n in (0, 1) for c in itertools.combinations(saved_keys, n)]
-        if request.optimizer == "any":
-            optimizers = [m.key for m in of_slot("optimizer") if m.automatic]
-        else:
-            optimizers = [method(request.optimizer, "optimizer").key]
-        micros = [m for m in range(request.batch, 0, -1) if request.batch % m == 0]
-        for dtype, full, frozen in self.dtypes:
-            for adapter, form, saved, optimizer, micro in itertools.product(
-                adapters, weights, saved_sets, optimizers, micros
-            ):
-                if form is not None and adapter is None:
-                    continue  # integer weights do not train
-                wider = request.dtype == "auto" and dtype != self._stored_dtype == "bfloat16"
-                if adapter and wider:
-                    continue  # frozen weights hold no more than their file does
-                keys = [k for k in (adapter, form, optimizer, *saved) if k]
-                if _refusal(keys):
-                    continue
-                chosen = [methods()[k] for k in keys]
-                parts = [frozen if adapter else full]
-                parts += [m.quality(**m.defaults()) for m in chosen]
-                common = Globals(dtype, form, adapter, saved, micro)
-                for in_backward in (False, True):
-                    if in_backward and (micro != request.batch or request.clip is not None):
-                        continue
-                    yield Skeleton(common, optimizer, in_backward, _combined(parts))
+        return list(generate(self.request, self._stored_dtype, self._applies))
 
     def methods_of(self, skeleton: Skeleton, blocks: dict[str, str]) -> Methods:
         def entry(key: str | None) -> Choice | None:
@@ -321,8 +176,7 @@ class Fitter:
         other = copy.copy(self)
         other.request = replace(self.request, **changes)
         other._problems = {}
-        for derived in ("_skeletons", "dtypes"):
-            other.__dict__.pop(derived, None)
+        other.__dict__.pop("_skeletons", None)
         return other
 
     def _trace(self, common: Globals, sequence: int) -> Family:
@@ -434,7 +288,8 @@ class Fitter:
         if common.adapter:
             # Integer weights keep the embeddings and the head dense.
             bits = {"int4": 4, "int8": 8}.get(common.weights or "", 8 * size)
-            bits = 3 if common.adapter == "peqa" else bits
+            if ("parameters", "form") in methods()[common.adapter].writes:
+                bits = 2
             dense = min(self._dense_elements, count)
             return dense * size + (count - dense) * bits // 8
         gradients = 0 if skeleton.in_backward else size * count
@@ -518,21 +373,3 @@ class Fitter:
                 f"to {self.source.name}; try --tune any or --allow lossy"
             )
         return best
-
-
-def _refusal(keys: list[str]) -> str | None:
-    """Why methods exclude each other, or None."""
-    chosen = [methods()[k] for k in keys]
-    for one in chosen:
-        for other, reason in one.forbids.items():
-            if other in keys:
-                return f"{one.key} excludes {other}: {reason}"
-        for needed, reason in one.requires.items():
-            if needed not in keys:
-                return f"{one.key} needs {needed}: {reason}"
-    for one, two in itertools.combinations(chosen, 2):
-        shared = one.writes & two.writes
-        if shared:
-            category, what = sorted(shared)[0]
-            return f"{one.key} and {two.key} both write the {what} of {category}"
-    return None

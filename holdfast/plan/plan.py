@@ -134,4 +134,5 @@ class Plan:
         apply.prepare(model, methods)
         apply.set_blocks(model, methods.blocks, self.arenas())
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        return Applied(model, apply.make_optimizer(named, methods, rate, decay))
+        optimizer = apply.make_optimizer(named, methods, rate, decay)
+        return Applied(model, apply.wrap_optimizer(model, optimizer, methods))

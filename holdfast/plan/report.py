@@ -10,6 +10,7 @@ from holdfast.ledger import CATEGORIES
 from holdfast.plan import fit
 from holdfast.plan.fitter import Candidate, Fitter
 from holdfast.plan.plan import Plan
+from holdfast.plan.records import Record, records
 from holdfast.units import format_bytes
 
 
@@ -27,6 +28,7 @@ def document(fitter: Fitter, best: Candidate, plan: Plan, front: list[Candidate]
             "host_bytes": ledger.peak("host"),
             "disk_bytes": ledger.peak("disk"),
         },
+        "records": {c: r._asdict() for c, r in records(plan.spec.methods).items()},
         "step_seconds": best.seconds,
         "quality": best.skeleton.quality.kind,
         "hardware": fitter.hardware.name,
@@ -76,6 +78,8 @@ def show(
     methods.add_row("loss", _loss(spec.methods.loss_chunk))
     methods.add_row("quality", best.skeleton.quality.kind)
     console.print(methods)
+    if explain:
+        console.print(_records_table(plan))
     console.print(_bytes_table(plan))
     table = Table("plan", "peak", "s / step", "quality", title="Pareto front: bytes against time")
     for candidate in front:
@@ -107,6 +111,13 @@ def _named(spec) -> list[str]:
 
 def _loss(chunk: int) -> str:
     return f"in chunks of {chunk} tokens" if chunk else "the model's own"
+
+
+def _records_table(plan: Plan) -> Table:
+    table = Table("what", *Record._fields, title="What is kept, in what form, where, how long")
+    for category, record in records(plan.spec.methods).items():
+        table.add_row(category, *record)
+    return table
 
 
 def _bytes_table(plan: Plan) -> Table:

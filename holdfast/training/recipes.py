@@ -21,20 +21,13 @@ from holdfast.budget import PLACES, Budget
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.plan.blocks import find_stacks
 from holdfast.plan.fit import to_plan
-from holdfast.plan.fitter import (
-    BF16,
-    UNBOUNDED,
-    Candidate,
-    Fitter,
-    Globals,
-    Request,
-    Skeleton,
-)
+from holdfast.plan.fitter import UNBOUNDED, Candidate, Fitter
 from holdfast.plan.method import EXACT, Method, Quality
 from holdfast.plan.models import ModelSource
 from holdfast.plan.plan import Applied, Plan
 from holdfast.plan.registry import method, of_slot
 from holdfast.plan.search import Solution
+from holdfast.plan.skeletons import BF16, Globals, Request, Skeleton, combined
 from holdfast.training.chunked import group_, why_not_segments
 from holdfast.training.loss import can_chunk
 from holdfast.training.models.evoformer import TriangleAttention, chunk_
@@ -77,8 +70,7 @@ class Recipe:
         ):
             found = [method(key, slot) for key in keys if key is not None]
             parts += [m.quality(**m.defaults()) for m in found]
-        worst = max(parts, key=lambda q: q.rank)
-        return Quality(worst.kind, sum(q.estimate for q in parts), worst.source)
+        return combined(parts)
 
     def skeleton(self, batch: int) -> Skeleton:
         common = Globals(self.dtype, self.weights, self.adapter, self.saved, self.micro or batch)

@@ -23,6 +23,7 @@ from holdfast.host import PeakRss
 from holdfast.ledger import Ledger
 from holdfast.meter import Meter
 from holdfast.native.allocator import AllocatorPeak, WholeRunPeak
+from holdfast.plan.apply import calibrate
 from holdfast.plan.models import ModelSource, loss_of, resolve
 from holdfast.plan.plan import Plan
 from holdfast.training import adapters, checkpoint
@@ -34,6 +35,7 @@ from holdfast.training.tokenizers import load_tokenizer
 LOG, REPORT, SETTINGS, PLAN = "log.jsonl", "report.json", "run.json", "plan.yaml"
 METERED_STEPS = 2
 VALIDATION_SEQUENCES = 64
+CALIBRATION_SEQUENCES = 32
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,12 @@ class Run:
             )
         torch.manual_seed(spec.training.seed)
         self.model, self.optimizer = self.plan.apply(model)
+        # Also when resuming: it is deterministic, and checkpoints hold only what trains.
+        first = range(min(len(data.train), CALIBRATION_SEQUENCES))
+        sequences = torch.tensor(first).split(spec.micro_batch)
+        batches = [self._to_device(data.train.batch(part)) for part in sequences]
+        calibrate(self.model, batches, spec.methods)
+        torch.manual_seed(spec.training.seed)
         self.stream = BatchStream(data.train, spec.micro_batch, spec.training.seed)
         self.step, self.losses = 0, {}
         self._resume()

@@ -12,9 +12,10 @@ from holdfast.errors import DoesNotFit, HoldfastError, UsageError
 from holdfast.ledger import Ledger
 from holdfast.meter import Meter
 from holdfast.plan.fit import fit
-from holdfast.plan.fitter import Candidate, Fitter, Request
+from holdfast.plan.fitter import Candidate, Fitter
 from holdfast.plan.models import resolve
 from holdfast.plan.search import every
+from holdfast.plan.skeletons import Request
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -157,3 +158,25 @@ class AsksItsData(nn.Module):
 def test_a_model_that_cannot_be_traced_says_why():
     with pytest.raises(HoldfastError, match=r"AsksItsData in float32 cannot be traced \(.*Meter"):
         fit(AsksItsData(), "1GiB", task="pretrain", hardware="cpu-2core")
+
+
+def test_named_methods_are_used_and_no_others():
+    plan = fit(
+        CONFIG, "1GiB", sequence=16, methods=("lora", "int4", "adamw4"), hardware="cpu-2core"
+    )
+    used = plan.spec.methods
+    assert [next(iter(c)) for c in (used.weights, used.adapter, used.optimizer)] == [
+        "int4",
+        "lora",
+        "adamw4",
+    ]
+    assert used.saved == []
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [(("lorra",), "lora"), (("lora", "randlora"), "both write the extent of parameters")],
+)
+def test_named_methods_that_cannot_be_used_are_refused(named, message):
+    with pytest.raises(UsageError, match=message):
+        fit(CONFIG, "1GiB", sequence=16, methods=named, hardware="cpu-2core")

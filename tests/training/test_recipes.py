@@ -17,7 +17,7 @@ from holdfast.checks.training.recipes import (
     triangle_bytes,
 )
 from holdfast.errors import DoesNotFit, UsageError
-from holdfast.plan.fitter import Request
+from holdfast.plan.skeletons import Request
 from holdfast.plan.models import loss_of, resolve
 from holdfast.training import recipes
 from holdfast.training.chunked import checkpoint_segments, chunked

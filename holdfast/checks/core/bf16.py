@@ -4,7 +4,7 @@ import torch
 
 from holdfast.checks import Result, check, tinylm
 from holdfast.meter import Meter
-from holdfast.plan.fitter import BF16
+from holdfast.plan.skeletons import BF16
 
 SEEDS = 3
 

@@ -109,7 +109,7 @@ def _apply(model: nn.Module, *, rank: int) -> nn.Module:
 METHOD = Method(
     key="lora",
     slot="adapter",
-    writes=frozenset({("parameters", "extent"), ("gradients", "extent"), ("optimizer", "extent")}),
+    writes={("parameters", "extent"): "all; two thin matrices a linear train"},
     apply=_apply,
     knobs={"rank": (8, 16, 32, 64)},
 )

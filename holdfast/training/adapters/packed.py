@@ -74,7 +74,7 @@ def _method(key: str, bits: int, estimate: float) -> Method:
     return Method(
         key=key,
         slot="weights",
-        writes=frozenset({("parameters", "form")}),
+        writes={("parameters", "form"): f"{bits}-bit codes with group scales"},
         apply=lambda model: pack_weights(model, bits),
         quality=lambda: Quality("lossy", estimate, source),
         applies=_applies,

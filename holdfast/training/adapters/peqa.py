@@ -279,14 +279,10 @@ def _apply(model: nn.Module, *, bits: int) -> nn.Module:
 METHOD = Method(
     key="peqa",
     slot="adapter",
-    writes=frozenset(
-        {
-            ("parameters", "form"),
-            ("parameters", "extent"),
-            ("gradients", "extent"),
-            ("optimizer", "extent"),
-        }
-    ),
+    writes={
+        ("parameters", "form"): "integer codes with scales",
+        ("parameters", "extent"): "all; scales train",
+    },
     apply=_apply,
     knobs={"bits": (4, 3)},
     automatic=False,

@@ -255,7 +255,7 @@ def _apply(model: nn.Module, *, rank: int) -> nn.Module:
 METHOD = Method(
     key="randlora",
     slot="adapter",
-    writes=frozenset({("parameters", "extent"), ("gradients", "extent"), ("optimizer", "extent")}),
+    writes={("parameters", "extent"): "all; diagonals train"},
     apply=_apply,
     knobs={"rank": (32, 16, 64)},
     automatic=False,

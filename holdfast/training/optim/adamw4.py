@@ -132,7 +132,7 @@ def state_bytes(shape: tuple[int, ...], dtype: torch.dtype, second: str = "rank1
 METHOD = Method(
     key="adamw4",
     slot="optimizer",
-    writes=frozenset({("optimizer", "form")}),
+    writes={("optimizer", "form"): "4-bit codes with scales"},
     apply=lambda named, lr, weight_decay=0.0, second="rank1": AdamW4(
         [p for _, p in named], lr, weight_decay=weight_decay, second=second
     ),

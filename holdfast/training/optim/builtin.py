@@ -28,7 +28,7 @@ def _sgd(
 ADAMW = Method(
     key="adamw",
     slot="optimizer",
-    writes=frozenset(),
+    writes={},
     apply=_adamw,
     knobs={"fused": (True, False)},
     state_bytes=lambda shape, dtype, **knobs: 4 + 2 * torch.Size(shape).numel() * dtype.itemsize,
@@ -36,7 +36,7 @@ ADAMW = Method(
 SGD = Method(
     key="sgd",
     slot="optimizer",
-    writes=frozenset({("optimizer", "extent")}),
+    writes={("optimizer", "extent"): "momentum, if any"},
     apply=_sgd,
     knobs={"momentum": (0.0, 0.9)},
     automatic=False,

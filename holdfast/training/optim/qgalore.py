@@ -355,7 +355,10 @@ def state_bytes(shape: tuple[int, ...], dtype: torch.dtype, rank: int = 128, **_
 METHOD = Method(
     key="qgalore",
     slot="optimizer",
-    writes=frozenset({("optimizer", "form"), ("optimizer", "extent")}),
+    writes={
+        ("optimizer", "form"): "8-bit moments, 4-bit bases",
+        ("optimizer", "extent"): "two moments in a subspace of each matrix",
+    },
     apply=lambda named, lr, rank=128, gap=200, weight_decay=0.0: QGaLoreAdamW(
         [p for _, p in named], lr, rank=rank, gap=gap, weight_decay=weight_decay
     ),

@@ -265,7 +265,7 @@ def _applies(model: nn.Module, bits: int = 3) -> str | None:
 METHOD = Method(
     key="fewbit",
     slot="saved",
-    writes=frozenset({("activations", "form")}),
+    writes={("activations", "form"): "few-bit codes of activation functions"},
     apply=convert,
     knobs={"bits": (3, 4, 2, 1)},
     quality=lambda bits=3: Quality("lossy", 0.01 if bits >= 3 else 0.02, "holdfast check fewbit"),

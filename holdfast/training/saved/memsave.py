@@ -425,7 +425,7 @@ def _applies(model: nn.Module) -> str | None:
 METHOD = Method(
     key="memsave",
     slot="saved",
-    writes=frozenset({("activations", "extent")}),
+    writes={("activations", "extent"): "only what a gradient needs"},
     apply=memsave,
     applies=_applies,
 )
