@@ -21,6 +21,7 @@ from holdfast.errors import HoldfastError, unknown
 COMMANDS = {
     "fit": "holdfast.cli.fit:fit",
     "train": "holdfast.cli.train:train",
+    "compare": "holdfast.cli.compare:compare",
     "plan": "holdfast.cli.plan:app",
     "hw": "holdfast.cli.hw:app",
     "systems": "holdfast.cli.systems:systems",

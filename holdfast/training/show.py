@@ -101,3 +101,40 @@ def excess(result: dict[str, Any], plan: Plan) -> str:
         f"the run held {format_bytes(worst)} on device, the plan's budget is "
         f"{format_bytes(plan.budget.device)}; plan again with a budget of at least {worst}"
     )
+
+
+def run_starts(count: int) -> Callable[[str, int], None]:
+    """Says on stderr which run of how many begins."""
+
+    def starts(label: str, index: int) -> None:
+        print(f"run {index + 1} of {count}: {label}", file=sys.stderr)
+
+    return starts
+
+
+def comparison(document: dict[str, Any], out: Path) -> None:
+    """Bytes, loss and time of several runs, smallest first; * marks what no other run beats."""
+    # A file has no width: nothing is to be cut there.
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(
+        "", "run", "predicted", "Meter", "whole run", "peak RSS", "loss", "validation", "s / step",
+        title="Peak bytes, loss and time of one job",
+    )  # fmt: skip
+    for row in document["rows"]:
+        if "error" in row:
+            table.add_row("!", row["label"], row["error"])
+            continue
+        held_out = row["validation_loss"]
+        table.add_row(
+            "*" if row["label"] in document["pareto"] else "",
+            row["label"],
+            format_bytes(row["predicted_bytes"]),
+            format_bytes(row["meter_bytes"]) + ("" if row["within_budget"] else " EXCEEDED"),
+            format_bytes(row["peak_bytes"]),
+            format_bytes(row["rss_increase_bytes"]),
+            f"{row['loss']:.4f}",
+            "" if held_out is None else f"{held_out:.4f}",
+            f"{row['seconds_per_step'] or 0:.3g}",
+        )
+    console.print(table)
+    console.print(f"* no other run is as good in bytes, loss and time together; files in {out}")
