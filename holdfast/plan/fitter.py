@@ -192,7 +192,8 @@ class Fitter:
 
             return apply_option
 
-        names = ["keep", "recompute"] + (["moved"] if moving else [])
+        names = [o for o in self._block_options() if o not in moving]
+        names += ["moved"] if moving else []
         family = trace_family(
             lambda: self.source.build("meta", dtype),
             lambda: self.source.example_inputs(common.micro, sequence, "cpu", dtype),
