@@ -9,6 +9,7 @@ tensor: reading or multiplying needs a few fp32 tiles, never the dense tensor.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -152,7 +153,7 @@ class Form(ABC):
                 f"{tuple(packed.shape)}; expected (..., in) and (out, in)"
             )
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):
+        if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
             bias = None if bias is None else bias.to(x.dtype)
         elif x.dtype != packed.dtype or (bias is not None and bias.dtype != x.dtype):
@@ -162,7 +163,8 @@ class Form(ABC):
             )
         flat = x.reshape(-1, x.shape[-1])
         y = _Product.apply(flat, bias, packed)
-        return y.view(*x.shape[:-1], packed.shape[0])
+        # A view that is written to in place, as an adapter does, costs a copy in backward.
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], packed.shape[0])
 
     @torch.no_grad()
     def rows(self, packed: Packed, ids: Tensor) -> Tensor:
@@ -250,6 +252,12 @@ def _is_predicting(tensor: Tensor) -> bool:
     return not recording and _is_symbolic(tensor)
 
 
+def _plain(tensor: Tensor):
+    """No autocast on the tensor's device; meta tensors know none."""
+    kind = tensor.device.type
+    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
+
+
 class _Product(torch.autograd.Function):
     """x (n, in) @ W.T + bias. Its gradient in x is a product with the transpose."""
 
@@ -257,7 +265,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, bias: Tensor | None, packed: Packed) -> Tensor:
         # The weight outlives the step, so keeping the wrapper costs no bytes.
         ctx.packed = packed
-        with torch.autocast(x.device.type, enabled=False):
+        with _plain(x):
             y = (_times if packed.transposed else _times_t)(x, packed)
             return y if bias is None else y.add_(bias)
 
@@ -265,7 +273,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gy: Tensor):
         packed, dx = ctx.packed, None
         if ctx.needs_input_grad[0]:
-            with torch.autocast(gy.device.type, enabled=False):
+            with _plain(gy):
                 dx = (_times_t if packed.transposed else _times)(gy, packed)
         return dx, gy.sum(0) if ctx.needs_input_grad[1] else None, None
 

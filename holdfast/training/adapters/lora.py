@@ -63,11 +63,13 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        y = self.base_forward(x)
-        u = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        # Added into the fresh output of the base: no second (n, out) tensor ever lives.
-        u2, b = u.reshape(-1, self.rank).to(y.dtype), self.lora_B.to(y.dtype)
-        return y.view(-1, self.out_features).addmm_(u2, b.mT, alpha=self.scale).view(y.shape)
+        flat = x.reshape(-1, self.in_features)
+        y = self.base_forward(flat)
+        u = F.linear(F.dropout(flat, self.dropout, self.training), self.lora_A.to(x.dtype))
+        # Into the fresh output of the base: no second (n, out) tensor ever lives. It is no view,
+        # because autograd copies what flows back through a view that was written to.
+        y = y.addmm_(u.to(y.dtype), self.lora_B.to(y.dtype).mT, alpha=self.scale)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self) -> Tensor:
         return self.scale * (self.lora_B.detach().float() @ self.lora_A.detach().float())
