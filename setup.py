@@ -44,7 +44,14 @@ setup(
         Extension(
             "holdfast.native._kernels",
             ["holdfast/native/kernels.cpp"],
-            depends=["holdfast/native/lanes.h", "holdfast/native/adamw4.h"],
+            depends=[
+                "holdfast/native/lanes.h",
+                "holdfast/native/adamw4.h",
+                "holdfast/native/adamw8.h",
+                "holdfast/native/adamw8_lanes.h",
+                "holdfast/native/bits.h",
+                "holdfast/native/bits_lanes.h",
+            ],
             # No contraction: all variants must round alike. GCC's own headers warn.
             extra_compile_args=[
                 "-O3",

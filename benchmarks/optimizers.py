@@ -18,6 +18,8 @@ import torch
 from results import conditions, write_section
 
 from holdfast.training.optim.adamw4 import AdamW4
+from holdfast.training.optim.adamw8 import AdamW8
+from holdfast.training.optim.coat import CoatAdamW
 
 # One LLaMA-like block of width 1024, two matrices of attention merged.
 BLOCK = [(2048, 1024), (1024, 2048), (2816, 1024), (2816, 1024), (1024, 2816), (1024,), (1024,)]
@@ -55,11 +57,14 @@ def candidates() -> dict[str, Callable[..., torch.optim.Optimizer]]:
         "torch AdamW (fused)": lambda p: torch.optim.AdamW(p, fused=True),
         "torchao AdamW8bit": peer("torchao.optim", "AdamW8bit"),
         "torchao AdamW4bit": peer("torchao.optim", "AdamW4bit"),
+        "torchao AdamWFp8": peer("torchao.optim", "AdamWFp8"),
         "bitsandbytes AdamW8bit": peer("bitsandbytes.optim", "AdamW8bit"),
         "galore-torch GaLoreAdamW": galore,
     }
     for second in ("rank1", "block", "factor"):
         made[f"holdfast AdamW4 ({second})"] = lambda p, second=second: AdamW4(p, second=second)
+    made["holdfast AdamW8"] = AdamW8
+    made["holdfast CoatAdamW"] = CoatAdamW
     return made
 
 

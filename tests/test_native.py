@@ -8,6 +8,8 @@ import torch
 from holdfast import native
 from holdfast.errors import UsageError
 from holdfast.training.optim.adamw4 import AdamW4
+from holdfast.training.optim.adamw8 import AdamW8
+from holdfast.training.optim.coat import CoatAdamW
 
 built = pytest.mark.skipif(not native.usable(), reason=f"native kernels: {native._open()[1]}")
 
@@ -20,15 +22,15 @@ def fresh():
     native._choose.cache_clear()
 
 
-def _ready() -> tuple[torch.nn.Parameter, AdamW4]:
+def _ready(make=AdamW4) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
     g = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(200, 200, generator=g))
+    p = torch.nn.Parameter(torch.randn(160, 160, generator=g))
     p.grad = torch.randn(p.shape, generator=g)
-    return p, AdamW4([p])
+    return p, make([p])
 
 
-def _stepped() -> torch.Tensor:
-    p, optimizer = _ready()
+def _stepped(make=AdamW4) -> torch.Tensor:
+    p, optimizer = _ready(make)
     optimizer.step()
     return p.detach()
 
@@ -61,15 +63,16 @@ def test_force_refuses_an_unknown_variant():
         pass
 
 
-def test_without_the_library_torch_does_the_work(monkeypatch, fresh):
-    want = _stepped()
+@pytest.mark.parametrize("make", [AdamW4, AdamW8, CoatAdamW])
+def test_without_the_library_torch_does_the_work(monkeypatch, fresh, make):
+    want = _stepped(make)
     monkeypatch.setattr(native, "_PATH", Path("/nonexistent/_kernels.so"))
     native._open.cache_clear()
     native._choose.cache_clear()
     status = native.status()
     assert not status["available"] and "no C++ compiler" in status["reason"]
     assert native.usable() == []
-    assert torch.equal(_stepped(), want)
+    assert torch.equal(_stepped(make), want)
 
 
 def test_a_broken_library_is_a_reason(monkeypatch, fresh, tmp_path):
@@ -92,9 +95,10 @@ def test_one_openmp_runtime_serves_torch_and_the_kernels():
 
 @built
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_steps():
-    want = _stepped().numpy().tobytes()  # starts the parent's threads, which the child has not
-    p, optimizer = _ready()
+@pytest.mark.parametrize("make", [AdamW4, AdamW8, CoatAdamW])
+def test_a_forked_process_steps(make):
+    want = _stepped(make).numpy().tobytes()  # starts the parent's threads, which the child has not
+    p, optimizer = _ready(make)
     child = os.fork()
     if child == 0:
         # torch's own parallel operators would hang here; the kernel must not.

@@ -10,6 +10,8 @@ Source   Jacob et al., Quantization and Training of Neural Networks for Efficien
 Departs  fp16 scales are rounded up, so that no entry of a group is clipped by the rounding.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +27,11 @@ from holdfast.forms.base import (
     reciprocal,
     require_float,
     rows_of,
+    tile_numel,
 )
-from holdfast.forms.bits import pack, packed_nbytes, unpack
+from holdfast.forms.bits import pack, packed_nbytes
+from holdfast.forms.packed import Packed
+from holdfast.native.bits import ops
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,26 @@ class Affine(Form):
     def _take(self, buffers: Buffers, rows: Tensor, shape: torch.Size) -> Tensor:
         return self._values({n: b[rows] for n, b in buffers.items()}, columns_of(shape))
 
+    def column_tiles(self, packed: Packed) -> Iterator[tuple[slice, Tensor]]:
+        """Ranges of columns of a 2-D tensor as encoded, with their values (rows, range) in fp32.
+
+        A tile has about `tile_numel` elements and ends with a group and a byte.
+        """
+        rows, columns = packed.stored_shape
+        unit = math.lcm(8, self.group or 1)
+        step = max(1, tile_numel(packed.device) // max(1, rows) // unit) * unit
+        for first in range(0, columns, step):
+            last = min(first + step, columns)
+            groups = slice(first // self.group, last // self.group) if self.group else slice(None)
+            part = {name: b[:, groups] for name, b in packed.buffers.items() if name != "codes"}
+            first_byte = first * self.bits // 8
+            stop_byte = first_byte + packed_nbytes(last - first, self.bits)
+            part["codes"] = packed.buffers["codes"][:, first_byte:stop_byte]
+            yield slice(first, last), self._values(part, last - first)
+
     def _values(self, buffers: Buffers, columns: int) -> Tensor:
-        scale = buffers["scale"]
-        q = unpack(buffers["codes"], self.bits, columns).float()
-        q = q.view(*scale.shape, columns // scale.shape[1])
-        zero = 2.0 ** (self.bits - 1) if self.symmetric else buffers["zero"].float().unsqueeze(-1)
-        return q.sub_(zero).mul_(scale.float().unsqueeze(-1)).view(scale.shape[0], columns)
+        zero = None if self.symmetric else buffers["zero"]
+        return ops.affine_values(buffers["codes"], buffers["scale"], zero, self.bits, columns)
 
 
 def Int8(group: int | None = None) -> Affine:

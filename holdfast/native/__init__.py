@@ -36,6 +36,13 @@ _SIGNATURES = {
         [_int, _int, _int, _long, _int, _pointer, _pointer, _int, _pointer, _int] + [_pointer] * 6,
     ),
     "hf_adamw": (None, [_long, _pointer, _int, _pointer, _int, _pointer, _pointer, _pointer]),
+    "hf_adamw8": (
+        None,
+        [_int, _int, _long, _int, _pointer, _int, _pointer, _int] + [_pointer] * 8,
+    ),
+    "hf_pack": (None, [_int] * 4 + [_long] * 2 + [_pointer] * 2),
+    "hf_steps": (None, [_int] * 5 + [_long, _pointer, _int] + [_pointer] * 3),
+    "hf_affine": (None, [_int] * 3 + [_long] * 3 + [_pointer, _long] + [_pointer] * 3),
 }
 
 
@@ -73,6 +80,11 @@ def _choose(asked: str) -> tuple[str, str]:
 
 def _asked() -> str:
     return _forced[-1] if _forced else os.environ.get("HOLDFAST_NATIVE", "")
+
+
+def turned_off() -> bool:
+    """Whether HOLDFAST_NATIVE or `force` says that torch does all work."""
+    return _asked() == "off"
 
 
 def status() -> dict[str, bool | str]:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from holdfast import native
 from holdfast.forms import maps
+from holdfast.native.triton_path import pick
 
 BLOCK = 128
 SECOND = ("block", "rank1", "factor")
 # Elements that the torch path decodes at a time, rounded up to rows: 256 KiB per fp32 temporary.
 CHUNK = 512 * BLOCK
 _TINY = torch.finfo(torch.float32).tiny
-_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 _lib = torch.library.Library("holdfast", "FRAGMENT")
 _HYPER = "Tensor step, float lr, float b1, float b2, float eps, float weight_decay"
@@ -72,11 +73,10 @@ def adamw4_(
     if second == "factor":
         axes = factor_axes(p.shape)
         scale = _factor(g, v_scale, axes, b2)
-    library = _library(p, g)
+    library = library_for(p, g)
     if library is None:
-        adamw4_ref(
-            p, g, m_code, m_scale, v_code, scale, second, step, lr, b1, b2, eps, weight_decay
-        )
+        step_ = pick("triton_states", "adamw4_", adamw4_ref, p, g)
+        step_(p, g, m_code, m_scale, v_code, scale, second, step, lr, b1, b2, eps, weight_decay)
         return
     kernels, variant = library
     hyper = native.Hyper(lr, b1, b2, eps, weight_decay, step.item())
@@ -88,9 +88,9 @@ def adamw4_(
         len(axes),
         (ctypes.c_int64 * len(axes))(*axes),
         p.data_ptr(),
-        _NATIVE_DTYPES[p.dtype],
+        NATIVE_DTYPES[p.dtype],
         g.data_ptr(),
-        _NATIVE_DTYPES[g.dtype],
+        NATIVE_DTYPES[g.dtype],
         m_code.data_ptr(),
         m_scale.data_ptr(),
         None if v_code is None else v_code.data_ptr(),
@@ -116,23 +116,40 @@ def adamw_(
     weight_decay: float,
 ) -> None:
     """One AdamW step in place on fp32 moments; p and g contiguous, in fp32 or bf16."""
-    library = _library(p, g)
+    library = library_for(p, g)
     if library is None:
-        m.copy_(m * b1 + g.float() * (1 - b1))
-        v.copy_(v * b2 + g.float().square() * (1 - b2))
-        p.copy_(_moved(p.float(), m, v, step, lr, b1, b2, eps, weight_decay))
+        step_ = pick("triton_states", "adamw_", adamw_ref, p, g)
+        step_(p, g, m, v, step, lr, b1, b2, eps, weight_decay)
         return
     hyper = native.Hyper(lr, b1, b2, eps, weight_decay, step.item())
     library[0].hf_adamw(
         p.numel(),
         p.data_ptr(),
-        _NATIVE_DTYPES[p.dtype],
+        NATIVE_DTYPES[p.dtype],
         g.data_ptr(),
-        _NATIVE_DTYPES[g.dtype],
+        NATIVE_DTYPES[g.dtype],
         m.data_ptr(),
         v.data_ptr(),
         ctypes.addressof(hyper),
     )
+
+
+def adamw_ref(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    lr: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_` in torch, on any device."""
+    m.copy_(m * b1 + g.float() * (1 - b1))
+    v.copy_(v * b2 + g.float().square() * (1 - b2))
+    p.copy_(moved(p.float(), m, v, step, lr, b1, b2, eps, weight_decay))
 
 
 def adamw4_ref(
@@ -180,8 +197,8 @@ def adamw4_ref(
         code, scale = m_code[blocks], m_scale[blocks, None]
         m = (decode(code, "dynamic4") * b1 * scale).flatten()[: stop - start] + x * (1 - b1)
         v = second_moment(start, stop, x)
-        moved = _moved(line[start:stop].float(), m, v, step, lr, b1, b2, eps, weight_decay)
-        line[start:stop].copy_(moved)
+        fresh_p = moved(line[start:stop].float(), m, v, step, lr, b1, b2, eps, weight_decay)
+        line[start:stop].copy_(fresh_p)
         m = _padded(m)
         m_scale[blocks] = m.abs().amax(1)
         code.copy_(encode(m * reciprocal(m_scale[blocks, None]), "dynamic4"))
@@ -263,7 +280,7 @@ def reciprocal(scale: Tensor) -> Tensor:
     return torch.where(scale >= 2.0**-122, 1 / scale, 0)
 
 
-def _moved(p, m, v, step, lr, b1, b2, eps, weight_decay) -> Tensor:
+def moved(p, m, v, step, lr, b1, b2, eps, weight_decay) -> Tensor:
     count = step.item()
     size, root = lr / (1 - b1**count), 1 / math.sqrt(1 - b2**count)
     # torch's fp32 square root on CPUs is one unit off for every fifth number; double's is not.
@@ -276,7 +293,7 @@ def _factor(g: Tensor, means: Tensor, axes: tuple[int, int], b2: float) -> Tenso
     g = g.view(axes)
     columns = torch.zeros(axes[1], device=g.device)
     rows = torch.empty(axes[0], device=g.device)
-    height = max(1, CHUNK // axes[1])
+    height = max(1, _chunk(g) // axes[1])
     for start in range(0, axes[0], height):
         squares = g[start : start + height].float().square()
         rows[start : start + height] = squares.mean(1)
@@ -287,8 +304,8 @@ def _factor(g: Tensor, means: Tensor, axes: tuple[int, int], b2: float) -> Tenso
     return torch.cat([row, column / row.mean().clamp_min(_TINY)])
 
 
-def _library(p: Tensor, g: Tensor) -> tuple[ctypes.CDLL, int] | None:
-    fits = p.device.type == "cpu" and p.dtype in _NATIVE_DTYPES and g.dtype in _NATIVE_DTYPES
+def library_for(p: Tensor, g: Tensor) -> tuple[ctypes.CDLL, int] | None:
+    fits = p.device.type == "cpu" and p.dtype in NATIVE_DTYPES and g.dtype in NATIVE_DTYPES
     return native.library() if fits else None
 
 
@@ -300,8 +317,14 @@ def _tables() -> ctypes.Array:
 
 
 def _chunks(p: Tensor) -> Iterator[tuple[int, int]]:
-    for start in range(0, p.numel(), CHUNK):
-        yield start, min(start + CHUNK, p.numel())
+    chunk = _chunk(p)
+    for start in range(0, p.numel(), chunk):
+        yield start, min(start + chunk, p.numel())
+
+
+def _chunk(x: Tensor) -> int:
+    # A GPU wants longer kernels: 16 MiB per temporary.
+    return CHUNK if x.device.type == "cpu" else 64 * CHUNK
 
 
 def _slice(per_block: Tensor | None, start: int, stop: int) -> Tensor:

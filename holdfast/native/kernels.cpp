@@ -317,3 +317,6 @@ void hf_adamw(int64_t n, void* p, int p_bf16, const void* g, int g_bf16, float* 
 }
 
 }  // extern "C"
+
+#include "bits.h"
+#include "adamw8.h"

@@ -45,6 +45,8 @@ inline I is_nan(F x) {
   return (I)_mm512_movm_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q));
 }
 
+inline float top(F x) { return value(_mm512_reduce_max_epi32((__m512i)x)); }
+
 // The number of midpoints below x, by bisection: `mid` has 15 of them in rising order.
 struct Search {
   F middle, low, high;
@@ -105,6 +107,12 @@ inline I pick(I mask, I a, I b) {
   return (I)_mm256_blendv_epi8((__m256i)b, (__m256i)a, (__m256i)mask);
 }
 inline I is_nan(F x) { return (I)_mm256_cmp_ps(x, x, _CMP_UNORD_Q); }
+inline float top(F x) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x),
+                            _mm256_extracti128_si256((__m256i)x, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return value(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
 
 struct Search {
   F middle, low, high, odd, even;
@@ -149,7 +157,11 @@ inline F bits_min(F a, F b) { return (F)pick((I)a < (I)b, (I)a, (I)b); }
 inline I codes(const uint8_t* c) { return I{c[0], c[1], c[2], c[3]}; }
 inline void store_codes(uint8_t* c, I v) { for (int i = 0; i < W; ++i) c[i] = (uint8_t)v[i]; }
 inline Table table(const float* x) { return {x}; }
-inline F look(Table t, I c) { return F{t.x[c[0]], t.x[c[1]], t.x[c[2]], t.x[c[3]]}; }
+// Like the permutations of the others, it sees the low four bits of a code.
+inline F look(Table t, I code) {
+  const I c = code & 15;
+  return F{t.x[c[0]], t.x[c[1]], t.x[c[2]], t.x[c[3]]};
+}
 // Only ever asked for what lies below 16; NaN and negatives give 0 through `positive`.
 inline int up(float x) { return x > 0 ? (int)std::ceil(x) : 0; }
 inline I ceiling(F x) { return I{up(x[0]), up(x[1]), up(x[2]), up(x[3])}; }
@@ -157,6 +169,9 @@ inline I positive(I x) { return pick(x > 0, x, I{}); }
 inline F load(const bf16* x) { return (F)(I{x[0], x[1], x[2], x[3]} << 16); }
 inline void store_high(bf16* x, I v) { for (int i = 0; i < W; ++i) x[i] = (bf16)v[i]; }
 inline I is_nan(F x) { return x != x; }
+inline float top(F x) {
+  return value(std::max(std::max(bits(x[0]), bits(x[1])), std::max(bits(x[2]), bits(x[3]))));
+}
 
 struct Search {
   const float* mid;
@@ -178,12 +193,4 @@ inline F magnitude(F x) { return (F)((I)x & 0x7fffffff); }
 inline void store(bf16* x, F v) {
   I b = (I)v, up = (I)((U)(b + 0x7fff + (I)((U)b >> 16 & 1)) >> 16);
   store_high(x, pick(is_nan(v), seti(0x7fc0), up));
-}
-
-inline float top(F x) {
-  float v[W];
-  store(v, x);
-  int m = 0;
-  for (int i = 0; i < W; ++i) m = std::max(m, bits(v[i]));
-  return value(m);
 }

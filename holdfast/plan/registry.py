@@ -10,6 +10,7 @@ from holdfast.plan.method import Method
 
 _BASELINES = (
     "holdfast.training.optim.builtin",
+    "holdfast.training.optim.adamw8",
     "holdfast.training.adapters.lora",
     "holdfast.training.adapters.packed",
 )

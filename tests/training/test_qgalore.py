@@ -5,6 +5,16 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.pytorch_utils import Conv1D
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.forms import Dense, Packed
@@ -345,9 +355,61 @@ def test_int8_linear_computes_with_the_rounded_weight_and_gives_it_a_gradient():
         torch.autograd.grad(model(x).sum(), x, create_graph=True)
 
 
-def test_int8_linear_leaves_the_head_and_shared_weights():
-    from transformers import LlamaConfig, LlamaForCausalLM
+def test_int8_conv1d_computes_with_the_rounded_weight_and_gives_it_a_gradient():
+    torch.manual_seed(0)
+    dense = nn.Sequential(Conv1D(96, 64), nn.GELU(), Conv1D(40, 96))
+    model = int8_linear(copy.deepcopy(dense))
+    with torch.no_grad():
+        for lean, plain in ((model[0], dense[0]), (model[2], dense[2])):
+            assert lean.weight.shape == plain.weight.shape
+            plain.weight.copy_(lean.weight.dequantize())
+    x = matrix(6, 64).view(2, 3, 64).requires_grad_()
+    results = []
+    for net in (model, dense):
+        y = net(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
+
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, resid_pdrop=0),
+        OPTConfig(**_SMALL, ffn_dim=64, word_embed_proj_dim=32, vocab_size=64, dropout=0.0),
+        LlamaConfig(**_SMALL, intermediate_size=64, vocab_size=64),
+        ViTConfig(**_SMALL, intermediate_size=64, image_size=16, patch_size=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_int8_weights_in_a_subspace_train_any_architecture(config):
+    torch.manual_seed(0)
+    if config.model_type == "vit":
+        model = ViTForImageClassification(config)
+        batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.tensor([0, 1, 0, 1])}
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+        ids = torch.arange(48).view(3, 16)
+        batch = {"input_ids": ids, "labels": ids}
+    model = int8_linear(model)
+    packed = sum(isinstance(p, Packed) for p in model.parameters())
+    assert packed >= 8
+    optimizer = QGaLoreAdamW(model.parameters(), 4e-2, rank=4)
+    losses = []
+    for _ in range(16):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert sum(isinstance(p, Packed) for p in model.parameters()) == packed
+
+
+def test_int8_linear_leaves_the_head_and_shared_weights():
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=64, tie_word_embeddings=True,
@@ -365,7 +427,7 @@ def test_int8_linear_leaves_the_head_and_shared_weights():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    with pytest.raises(UsageError, match=r"no nn\.Linear"):
+    with pytest.raises(UsageError, match=r"no nn\.Linear or Conv1D"):
         int8_linear(nn.Sequential(nn.Conv2d(1, 1, 1)))
 
 

@@ -1,9 +1,12 @@
 """Projector: a gradient seen in the leading singular subspace of its smaller side."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from holdfast.forms import Affine, Packed
 
 # Rows of the longer side that are converted to fp64 at a time.
 _ROWS = 1024
@@ -11,9 +14,11 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Projector:
-    """An orthonormal basis (rank, smaller side) of rows; `down` and `up` apply it.
+    """An orthonormal basis (rank, smaller side) of rows; `down` and `up` apply it, in fp32.
 
-    The smaller side of an (m, n) gradient is n where m >= n (project right), else m (left).
+    The smaller side of an (m, n) gradient is n where m >= n (project right), else m (left). A basis
+    that is kept as affine codes is decoded a range of columns at a time: each range meets its part
+    of the gradient once, and neither the whole basis nor a whole fp32 gradient exists.
     """
 
     basis: Tensor
@@ -27,11 +32,33 @@ class Projector:
 
     def down(self, g: Tensor) -> Tensor:
         """(m, n) -> (m, rank) right, (rank, n) left."""
-        return g @ self.basis.mT if self.right else self.basis @ g
+        low = None
+        for columns, tile in self._tiles():
+            left, right = (g[:, columns], tile.mT) if self.right else (tile, g[columns])
+            left, right = left.to(tile.dtype), right.to(tile.dtype)
+            low = left @ right if low is None else torch.addmm(low, left, right, out=low)
+        assert low is not None
+        return low
 
     def up(self, u: Tensor) -> Tensor:
         """The inverse on the subspace: -> (m, n)."""
-        return u @ self.basis if self.right else self.basis.mT @ u
+        short = self.basis.shape[1]
+        out = u.new_empty((u.shape[0], short) if self.right else (short, u.shape[1]))
+        for columns, tile in self._tiles():
+            if self.right:
+                torch.mm(u, tile, out=out[:, columns])
+            else:
+                torch.mm(tile.mT, u, out=out[columns])
+        return out
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Ranges of columns with their part of the basis."""
+        basis = self.basis
+        if isinstance(basis, Packed) and isinstance(basis.form, Affine):
+            yield from basis.form.column_tiles(basis)
+        else:
+            dense = basis.dequantize() if isinstance(basis, Packed) else basis
+            yield slice(0, basis.shape[1]), dense
 
 
 def leading(g: Tensor, rank: int) -> Tensor:

@@ -17,11 +17,12 @@ Departs  moments are carried into a new basis (the authors' code goes on with th
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.pytorch_utils import Conv1D
 
 from holdfast.attach import head
 from holdfast.errors import UsageError
@@ -31,6 +32,12 @@ from holdfast.plan.method import Method, Quality
 from holdfast.training.optim.projector import Projector
 from holdfast.training.optim.state_optimizer import Layout, StateOptimizer, layout_bytes, number
 from holdfast.training.saved.lean import first_order
+
+if TYPE_CHECKING:
+    # A mixin here reads the attributes of whatever layer it is mixed into.
+    _Layer: TypeAlias = Any
+else:
+    _Layer = object
 
 QUEUE = 5
 MOMENTS = {"m": Blockwise("dynamic8", 256), "v": Blockwise("dynamic8_unsigned", 256)}
@@ -155,7 +162,6 @@ class QGaLoreAdamW(StateOptimizer):
             )
             for name, (form, size) in forms.items()
         }  # fmt: skip
-        grad = grad.float()
         right = grad.shape[0] >= grad.shape[1]
         m, v = packed["m"].dequantize(), packed["v"].dequantize()
         # A prediction cannot read the schedule and takes the larger step, that of a refresh.
@@ -163,12 +169,10 @@ class QGaLoreAdamW(StateOptimizer):
             old = packed["p"].dequantize()
             new = Projector.fit(grad, group["rank"]).basis
             packed["p"].copy_(forms["p"][0].encode(new, check=False))
-            basis = packed["p"].dequantize()
             _advance(schedule, state["step"], old, new, group)
-            m, v = _carry(m, v, old, basis, right)
-        else:
-            basis = packed["p"].dequantize()
-        projector = Projector(basis, right)
+            m, v = _carry(m, v, old, packed["p"].dequantize(), right)
+            del old, new
+        projector = Projector(packed["p"], right)
         update = _adam(projector.down(grad), m, v, state, group)
         for name, moment in (("m", m), ("v", v)):
             packed[name].copy_(forms[name][0].encode(moment, check=False))
@@ -273,50 +277,76 @@ def trainable(packed: Packed) -> nn.Parameter:
 
 
 class PackedProduct(torch.autograd.Function):
-    """x @ W.T + bias for a packed W (out, in), which is decoded a tile of rows at a time."""
+    """x @ W.T + bias for a packed W (out, in), or x @ W + bias for Conv1D's W (in, out).
+
+    W is decoded a tile of rows at a time.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Packed, bias: Tensor | None, transposed: bool) -> Tensor:
         # The weight is the model's: keeping the wrapper costs no bytes.
-        ctx.weight = weight
+        ctx.weight, ctx.transposed = weight, transposed
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return weight.form.matmul(x, weight, bias)
+        if not transposed:
+            return weight.form.matmul(x, weight, bias)
+        y = _by_rows(x, weight)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     @first_order
     def backward(ctx, gy: Tensor):
         (x,), weight = ctx.saved_tensors, ctx.weight
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         gx = gw = None
         if need_x:
-            gx = gy.new_zeros(*gy.shape[:-1], weight.shape[1])
-            for first, last, tile in weight.form.row_tiles(weight, gy.dtype):
-                gx += gy[..., first:last] @ tile
+            gx = weight.form.matmul(gy, weight) if ctx.transposed else _by_rows(gy, weight)
         flat = gy.reshape(-1, gy.shape[-1])
         if need_weight:
-            gw = (flat.mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-        return gx, gw, flat.sum(0) if need_bias else None
+            inputs = x.reshape(-1, x.shape[-1])
+            product = inputs.mT @ flat if ctx.transposed else flat.mT @ inputs
+            gw = product.to(weight.dtype)
+        return gx, gw, flat.sum(0) if need_bias else None, None
 
 
-class Int8Linear(nn.Linear):
-    """nn.Linear whose trainable weight is written in 8 bits; made by `int8_linear`."""
+def _by_rows(x: Tensor, weight: Packed) -> Tensor:
+    """x (..., rows) @ W (rows, columns), summed over tiles of rows."""
+    y = x.new_zeros(*x.shape[:-1], weight.shape[1])
+    for first, last, tile in weight.form.row_tiles(weight, x.dtype):
+        y += x[..., first:last] @ tile
+    return y
+
+
+class _Int8(_Layer):
+    """A linear whose trainable weight is written in 8 bits; made by `int8_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+        transposed = isinstance(self, Conv1D)
+        if not transposed and not (torch.is_grad_enabled() and self.weight.requires_grad):
             return super().forward(x)
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
             bias = None if bias is None else bias.to(x.dtype)
-        return PackedProduct.apply(x, self.weight, bias)
+        return PackedProduct.apply(x, self.weight, bias, transposed)
+
+
+class Int8Linear(_Int8, nn.Linear):
+    """`torch.nn.Linear` in 8 bits."""
+
+
+class Int8Conv1D(_Int8, Conv1D):
+    """The transposed linear of GPT-2 in 8 bits."""
+
+
+_TWINS: dict[type, type] = {nn.Linear: Int8Linear, Conv1D: Int8Conv1D}
 
 
 def int8_linear(model: nn.Module) -> nn.Module:
-    """Write the weights of all nn.Linear but the output head in 8 bits, in place; returns `model`.
+    """Write the weights of all linears but the output head in 8 bits, in place; returns `model`.
 
     They stay trainable as they were, by `QGaLoreAdamW`. Shared weights and layers of other classes
-    are left alone. Move and cast the model first: a trainable packed weight stays where and what
-    it is. Make the optimizer afterwards.
+    than `nn.Linear` and `Conv1D` are left alone. Move and cast the model first: a trainable packed
+    weight stays where and what it is. Make the optimizer afterwards.
 
     Raises:
         UsageError: there is nothing to convert.
@@ -329,21 +359,21 @@ def int8_linear(model: nn.Module) -> nn.Module:
     found = [
         module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name not in heads and id(module.weight) not in shared
+        if type(module) in _TWINS and name not in heads and id(module.weight) not in shared
     ]
     if not found:
         raise UsageError(
-            f"{type(model).__name__} has no nn.Linear of its own besides its head; "
+            f"{type(model).__name__} has no nn.Linear or Conv1D of its own besides its head; "
             "int8_linear converts only those"
         )
     for module in found:
-        weight = module.weight
+        weight = module.get_parameter("weight")
         form = Int8Weight(group=group_of(weight.shape[1]))
         near = replace(form, rounding="nearest").encode(weight.detach())
         packed = Packed(form, near.shape, near.dtype, near.buffers)
         frozen = nn.Parameter(packed, requires_grad=False)
         module.weight = trainable(packed) if weight.requires_grad else frozen
-        module.__class__ = Int8Linear
+        module.__class__ = _TWINS[type(module)]
     return model
 
 

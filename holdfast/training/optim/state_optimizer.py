@@ -30,6 +30,24 @@ def number(value: float | Tensor) -> float:
     return 0.0 if isinstance(value, FakeTensor) else float(value)
 
 
+def check_adam(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float
+) -> None:
+    """Refuse settings that no Adam has.
+
+    Raises:
+        UsageError: a setting is out of range.
+    """
+    for name, value, ok, range_ in (
+        ("lr", lr, number(lr) >= 0, ">= 0"),
+        ("betas", betas, all(0 <= b < 1 for b in betas), "in [0, 1)"),
+        ("eps", eps, eps > 0, "> 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
+    ):
+        if not ok:
+            raise UsageError(f"{name}={value} must be {range_}")
+
+
 class StateOptimizer(torch.optim.Optimizer):
     """Base of optimizers that keep compressed states.
 
