@@ -5,7 +5,7 @@ live is an edit of the events at which gradients appear, so one trace serves the
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +14,15 @@ import torch
 from holdfast.ledger import CATEGORIES, Ledger
 from holdfast.meter import BACKWARD, FORWARD, PHASE_NAMES, STEP
 from holdfast.plan.blocks import Stack
-from holdfast.plan.trace import CATEGORY_CODES, PLACE_CODES, Key, Segment, Trace, expand
+from holdfast.plan.trace import (
+    CATEGORY_CODES,
+    PLACE_CODES,
+    GradientMark,
+    Key,
+    Segment,
+    Trace,
+    expand,
+)
 
 CELLS = (len(PLACE_CODES), len(CATEGORIES))
 PLACE_NAMES = tuple(PLACE_CODES)
@@ -29,6 +37,11 @@ class UpdateCost:
     seconds: float
 
 
+# Makes a parameter whose update costs what that of another does; equal where the costs are. A
+# parameter that stands for more than itself carries one as `like`.
+Like = Callable[[], torch.nn.Parameter]
+
+
 @dataclass(frozen=True)
 class Trainable:
     """`count` parameters of one shape."""
@@ -36,6 +49,7 @@ class Trainable:
     shape: tuple[int, ...]
     dtype: torch.dtype
     count: int
+    like: Like | None = None
 
 
 @dataclass
@@ -44,9 +58,9 @@ class Family:
 
     `options[name]` is a trace in which every block runs under that option, fit for mixing: what
     blocks share lives as long as under any option. `uniform[name]` is the same for no mixture.
-    `moved[place]` holds
-    the bytes that a traced block puts into an arena of that place, `extra_seconds` the exposed
-    time of these copies.
+    `likes` holds by name what parameters carry as `like`, `between_steps` the most bytes of
+    scratch that a module takes after the optimizer's step. `moved[place]` holds the bytes that a
+    traced block puts into an arena of that place, `extra_seconds` the exposed time of these copies.
     """
 
     stacks: list[Stack]
@@ -54,6 +68,8 @@ class Family:
     base: dict[str, int]
     trainable: list[Trainable]
     uniform: dict[str, Trace] = field(default_factory=dict)
+    likes: dict[str, Like] = field(default_factory=dict)
+    between_steps: int = 0
     extra_seconds: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
     moved: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)
 
@@ -97,7 +113,7 @@ def summarise(segment: Segment, life: Life, later: bool, update: Callable) -> Su
 
     Args:
         later: a micro-batch that finds gradients from an earlier one.
-        update: (shape, dtype) -> UpdateCost, used where gradients are consumed at once.
+        update: GradientMark -> UpdateCost, used where gradients are consumed at once.
     """
     category, place = segment.category, segment.place
     phase, change = segment.phase, segment.change
@@ -106,7 +122,7 @@ def summarise(segment: Segment, life: Life, later: bool, update: Callable) -> Su
         at, extra = [], []
         for mark in segment.gradients:
             if life.in_backward:
-                cost = update(mark.shape, mark.dtype)
+                cost = update(mark)
                 seconds += cost.seconds
                 added = [("temporary", cost.scratch), ("temporary", -cost.scratch)]
             else:
@@ -140,7 +156,7 @@ class Composer:
     """All plans of one family, one optimizer and one life of gradients.
 
     Args:
-        update: (shape, dtype) -> UpdateCost of the optimizer.
+        update: (shape, dtype, like) -> UpdateCost of the optimizer.
     """
 
     def __init__(self, family: Family, life: Life, update: Callable[..., UpdateCost]):
@@ -149,7 +165,7 @@ class Composer:
         self.gradient_bytes = sum(
             t.count * int(np.prod(t.shape)) * t.dtype.itemsize for t in family.trainable
         )
-        costs = [(t.count, update(t.shape, t.dtype)) for t in family.trainable]
+        costs = [(t.count, update(t.shape, t.dtype, t.like)) for t in family.trainable]
         self.state_bytes = sum(count * cost.state for count, cost in costs)
         self.scratch = max((cost.scratch for _, cost in costs), default=0)
         self.update_seconds = sum(count * cost.seconds for count, cost in costs)
@@ -159,9 +175,12 @@ class Composer:
         found = self._summaries.get((option, key, later, uniform))
         if found is None:
             traces = self.family.uniform if uniform else self.family.options
-            found = summarise(traces[option].segments[key], self.life, later, self.update)
+            found = summarise(traces[option].segments[key], self.life, later, self._update_at)
             self._summaries[option, key, later, uniform] = found
         return found
+
+    def _update_at(self, mark: GradientMark) -> UpdateCost:
+        return self.update(mark.shape, mark.dtype, self.family.likes.get(mark.name))
 
     def option_of(self, key: Key, choice: Mapping[tuple[str, int], str]) -> str:
         name, path, index = key
@@ -206,7 +225,7 @@ class Composer:
                 cells = cells + summary.end
         if not self.life.in_backward:
             cells = self.base(later=True)
-            cells[0, CATEGORY_CODES["temporary"]] += self.scratch
+            cells[0, CATEGORY_CODES["temporary"]] += max(self.scratch, self.family.between_steps)
             offer(0, STEP, cells)
         ledger = Ledger()
         for (place, phase), (total, cells) in best.items():
@@ -240,9 +259,10 @@ class Composer:
         return dict.fromkeys(self.family.blocks, option)
 
 
-def trainables(shapes: Sequence[tuple[tuple[int, ...], torch.dtype, int]]) -> list[Trainable]:
-    """Merge equal shapes."""
-    counts: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
-    for shape, dtype, count in shapes:
-        counts[shape, dtype] = counts.get((shape, dtype), 0) + count
-    return [Trainable(shape, dtype, count) for (shape, dtype), count in counts.items()]
+def trainables(found: Sequence[Trainable]) -> list[Trainable]:
+    """Merge what is equal but for its count."""
+    counts: dict[Trainable, int] = {}
+    for each in found:
+        kind = replace(each, count=0)
+        counts[kind] = counts.get(kind, 0) + each.count
+    return [replace(kind, count=count) for kind, count in counts.items()]

@@ -13,7 +13,7 @@ from holdfast.ledger import CATEGORIES
 from holdfast.meter import StorageLog, fake_step, ledger_of, open_storages
 from holdfast.places import Arena
 from holdfast.plan.blocks import members, stacks_of, truncate_, whole
-from holdfast.plan.compose import Family, UpdateCost, trainables
+from holdfast.plan.compose import Family, Like, Trainable, UpdateCost, trainables
 from holdfast.plan.trace import align_, record, to_fake_
 
 OpSeconds = Callable[[int, int, torch.dtype], float]
@@ -55,6 +55,7 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
             model = prepare(to_fake_(shallow)).train()
             if not family.base:
                 _persistent(family, model)
+                family.between_steps = max(map(_between_steps, model.modules()))
             arenas = {
                 (stack.path, k): apply(block)
                 for stack in stacks
@@ -98,7 +99,7 @@ def _persistent(family: Family, model: nn.Module) -> None:
             for tensor in (*block.parameters(), *block.buffers()):
                 inside.setdefault(id(tensor), (stack.path, k))
     family.base = dict.fromkeys(CATEGORIES, 0)
-    shapes = []
+    found = []
     for category, tensors in (
         ("parameters", list(model.parameters())),
         ("buffers", list(model.buffers())),
@@ -111,8 +112,24 @@ def _persistent(family: Family, model: nn.Module) -> None:
                     owner[storage._cdata] = home
                     family.base[category] += count * storage.nbytes()
             if tensor.requires_grad:
-                shapes.append((tuple(tensor.shape), tensor.dtype, count))
-    family.trainable = trainables(shapes)
+                like = getattr(tensor, "like", None)
+                found.append(Trainable(tuple(tensor.shape), tensor.dtype, count, like))
+    family.trainable = trainables(found)
+    named = {name: getattr(p, "like", None) for name, p in model.named_parameters()}
+    family.likes = {name: like for name, like in named.items() if like is not None}
+
+
+def _between_steps(module: nn.Module) -> int:
+    """Bytes of scratch at the peak of what a module does after the optimizer's step."""
+    act = getattr(module, "between_steps_", None)
+    if act is None:
+        return 0
+    storages = StorageLog()
+    storages.seed("parameters", [*module.parameters(), *module.buffers()])
+    base = storages.live_bytes()
+    with storages:
+        act()
+    return ledger_of(storages.log).peak("device") - base
 
 
 class UpdateCosts:
@@ -120,19 +137,21 @@ class UpdateCosts:
 
     def __init__(self, make: Callable[[list[nn.Parameter]], Any], op_seconds: OpSeconds):
         self.make, self.op_seconds = make, op_seconds
-        self._known: dict[tuple[tuple[int, ...], torch.dtype], UpdateCost] = {}
+        self._known: dict[tuple, UpdateCost] = {}
 
-    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> UpdateCost:
-        found = self._known.get((shape, dtype))
+    def __call__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, like: Like | None = None
+    ) -> UpdateCost:
+        found = self._known.get((shape, dtype, like))
         if found is None:
-            found = self._known[shape, dtype] = self._trace(shape, dtype)
+            found = self._known[shape, dtype, like] = self._trace(shape, dtype, like)
         return found
 
-    def _trace(self, shape: tuple[int, ...], dtype: torch.dtype) -> UpdateCost:
+    def _trace(self, shape: tuple[int, ...], dtype: torch.dtype, like: Like | None) -> UpdateCost:
         with fake_step():
-            parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
+            parameter = like() if like else nn.Parameter(torch.empty(shape, dtype=dtype))
             optimizer = self.make([parameter])
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty(shape, dtype=dtype)
             optimizer.step()
             # Not a Meter: collecting garbage once per shape would take longer than the trace.
             storages = StorageLog()

@@ -181,7 +181,10 @@ class Fitter:
 
     def _trace(self, common: Globals, sequence: int) -> Family:
         dtype = getattr(torch, common.dtype)
-        planned = self.methods_of(Skeleton(common, "adamw", False, EXACT), {})
+        # The optimizer is not traced here, but a method may be refused without its own.
+        needed = (key for saved in common.saved for key in methods()[saved].requires)
+        own = [key for key in needed if methods()[key].slot == "optimizer"]
+        planned = self.methods_of(Skeleton(common, (own or ["adamw"])[0], False, EXACT), {})
         moving = [o for o in self._block_options() if o in ("host", "disk")]
 
         def option(name: str):
@@ -293,7 +296,8 @@ class Fitter:
                 bits = 2
             dense = min(self._dense_elements, count)
             return dense * size + (count - dense) * bits // 8
-        gradients = 0 if skeleton.in_backward else size * count
+        fewer = any(("gradients", "extent") in methods()[key].writes for key in common.saved)
+        gradients = 0 if skeleton.in_backward or fewer else size * count
         state_bytes = methods()[skeleton.optimizer].state_bytes
         states = 0
         if state_bytes is not None:

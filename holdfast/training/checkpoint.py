@@ -23,12 +23,26 @@ _NAME = re.compile(r"step-(\d{9})")
 
 def _kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What changes while training: trainable parameters and persistent buffers, ties once."""
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     persistent = model.state_dict().keys()
+    found: dict[str, Tensor] = {
+        n: p for n, p in model.named_parameters() if p.requires_grad and n in persistent
+    }
+    for prefix, module in model.named_modules():
+        # What a method trains without a gradient of its own.
+        for name in getattr(module, "trained_in_place", ()):
+            found[f"{prefix}.{name}" if prefix else name] = getattr(module, name)
     for name, buffer in model.named_buffers():
         if name in persistent and not is_traceable_wrapper_subclass(buffer):
             found[name] = buffer
     return found
+
+
+def _counters(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Module -> the numbers that it advances while training and names in `counted`."""
+    found = {
+        n: {k: getattr(m, k) for k in getattr(m, "counted", ())} for n, m in model.named_modules()
+    }
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,7 +71,8 @@ def save(
     for index in range(torch.cuda.device_count()):
         tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
     # Sorted, because a state that was loaded lies in another order than one that grew.
-    document = json.dumps({"step": step, "optimizer": rest, **extra}, sort_keys=True)
+    content = {"step": step, "optimizer": rest, "counters": _counters(model), **extra}
+    document = json.dumps(content, sort_keys=True)
     with whole_directory(target) as partial:
         write_tensors(partial / "state.safetensors", dict(sorted(tensors.items())))
         write_text(partial / "state.json", document)
@@ -107,6 +122,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             states.setdefault(int(index), {})[name] = value
         current = optimizer.state_dict()
         optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
+        for name, numbers in document.get("counters", {}).items():
+            for key, value in numbers.items():
+                setattr(model.get_submodule(name), key, value)
         torch.set_rng_state(file.get_tensor("rng.cpu"))
         for index in range(torch.cuda.device_count()):
             if f"rng.cuda.{index}" in names:

@@ -154,8 +154,12 @@ class Row:
         """
         plan = to_plan(self.fitter, self.candidate)
         needs = self.needs
-        places = {p: getattr(needs, p) for p in PLACES if getattr(needs, p)}
+        # A place that a plan names needs a budget, even where nothing comes to lie there.
+        places = {p: max(getattr(needs, p), 1) for p in PLACES if self._names(p)}
         return Plan(plan.spec.model_copy(update={"budget": places}))
+
+    def _names(self, place: str) -> bool:
+        return bool(getattr(self.needs, place)) or self.recipe.option == place
 
     def apply(self, model: nn.Module) -> Applied:
         """Make `model` and a new optimizer follow the recipe, in place."""
@@ -279,10 +283,13 @@ def recipes(model: nn.Module, batch: int, *, on_gpu: bool) -> list[Recipe]:
         ),
     ]
     for found in of_slot("optimizer"):
-        if found.key != "adamw":
+        if found.key != "adamw" and not found.requires:
             rows.append(Recipe(found.key, optimizer=found.key, why_not=_applies(found, model)))
+    optimizers = [m.key for m in of_slot("optimizer")]
     for found in of_slot("saved"):
-        rows.append(Recipe(found.key, saved=(found.key,), why_not=_applies(found, model)))
+        own = next((key for key in found.requires if key in optimizers), "adamw")
+        reason = _applies(found, model)
+        rows.append(Recipe(found.key, optimizer=own, saved=(found.key,), why_not=reason))
     for found in of_slot("adapter"):
         rows.append(Recipe(found.key, adapter=found.key, why_not=_applies(found, model)))
     for found in of_slot("weights"):

@@ -17,8 +17,8 @@ from holdfast.checks.training.recipes import (
     triangle_bytes,
 )
 from holdfast.errors import DoesNotFit, UsageError
-from holdfast.plan.skeletons import Request
 from holdfast.plan.models import loss_of, resolve
+from holdfast.plan.skeletons import Request
 from holdfast.training import recipes
 from holdfast.training.chunked import checkpoint_segments, chunked
 from holdfast.training.models.evoformer import Evoformer, TriangleAttention, chunk_

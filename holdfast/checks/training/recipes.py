@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from holdfast.budget import Budget
 from holdfast.checks import Result, check, tinylm
 from holdfast.meter import Meter, predict
-from holdfast.plan.skeletons import Request
 from holdfast.plan.models import loss_of, resolve
+from holdfast.plan.skeletons import Request
 from holdfast.training.chunked import checkpoint_segments
 from holdfast.training.models.evoformer import Evoformer, TriangleAttention
 from holdfast.training.recipes import Row, table
