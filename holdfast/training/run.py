@@ -27,6 +27,7 @@ from holdfast.plan.apply import calibrate
 from holdfast.plan.models import ModelSource, loss_of, resolve
 from holdfast.plan.plan import Plan
 from holdfast.training import adapters, checkpoint
+from holdfast.training.adapters.read import READ
 from holdfast.training.data import BatchStream, Dataset, DataSource, prepare
 from holdfast.training.loss import verify_chunked
 from holdfast.training.step import counted_tokens
@@ -142,6 +143,11 @@ class Run:
             raise UsageError(
                 f"{self.source.name} is a {self.source.task_head} model; `train` reads text for "
                 "causal language models, for other models use plan.apply in a loop of your own"
+            )
+        if settings.merge and "read" in (plan.spec.methods.adapter or {}):
+            raise UsageError(
+                "READ is a net beside the model, which no weight can take up: leave --merge out, "
+                "and load what the run writes with holdfast.training.adapters.read.load"
             )
         self._claim_directory(overwrite)
 
@@ -353,8 +359,15 @@ class Run:
         """Write what opens without Holdfast: an adapter, or the whole model."""
         self.optimizer = None  # type: ignore[assignment]
         gc.collect()
+        side_net = self.model._modules.get("read")
+        if isinstance(side_net, READ):
+            side_net.save(self.out)
+            self.tokenizer.save_pretrained(self.out)
+            return
         has_adapter = self.plan.spec.methods.adapter is not None
-        if has_adapter and not self.settings.merge:
+        # What rewrites whole weights has no file of its own beside the model's.
+        apart = has_adapter and getattr(adapters.base.attached(self.model).cls, "apart", True)
+        if apart and not self.settings.merge:
             adapters.save(self.model, self.out)
         else:
             if has_adapter:

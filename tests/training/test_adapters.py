@@ -10,11 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from holdfast.errors import UsageError
+from holdfast.forms import Packed
 from holdfast.training import adapters
 from holdfast.training.adapters import base
 
 # Adapters whose base is rounded start at the rounded model instead of at the given one.
-ROUNDED = {"peqa"}
+ROUNDED = {"peqa", "apiq"}
 PEFT = ("lora", "randlora")
 
 
@@ -32,8 +33,14 @@ def gpt2():
 
 MODELS = {"llama": llama, "gpt2": gpt2}
 IDS = torch.arange(12).reshape(2, 6)
-LR = {"lora": 1e-2, "randlora": 1e-3, "peqa": 1e-2}
-KNOBS = {"lora": {"rank": 4}, "randlora": {"rank": 4}, "peqa": {}}
+LR = {"apiq": 1e-2, "lora": 1e-2, "lors": 1e-2, "randlora": 1e-3, "peqa": 1e-2}
+KNOBS = {
+    "apiq": {"bits": 4, "group": 8, "rank": 4},
+    "lora": {"rank": 4},
+    "lors": {"rank": 4},
+    "peqa": {},
+    "randlora": {"rank": 4},
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -87,12 +94,14 @@ def test_only_the_adapter_trains(model, method):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable == set(state)
     for name, p in model.named_parameters():
-        if name in frozen and name not in state:
+        if name in frozen and name not in state and not isinstance(p, Packed):
             assert torch.equal(p, frozen[name])
     assert all(p.grad is None for name, p in model.named_parameters() if name not in trainable)
 
 
 def test_gradients_are_the_slope_of_the_loss(model, method):
+    if method == "apiq":
+        pytest.skip("its packed weights have no float64, in which a slope can be told")
     model = attach(model.double(), method)
     train(model)
     own = [p for p in model.parameters() if p.requires_grad]
@@ -311,7 +320,7 @@ def test_load_refuses_what_it_does_not_do(method, tmp_path):
     for change, message in [
         ({"bias": "all"}, "trains biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"peft_type": "IA3"}, "known here: lora"),
+        ({"peft_type": "IA3"}, "known here: .*lora"),
     ]:
         path.write_text(json.dumps(good | change))
         with pytest.raises(UsageError, match=message):

@@ -21,7 +21,7 @@ from holdfast.errors import UsageError, unknown
 from holdfast.forms.packed import Packed
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_NOT_METHODS = {"base", "files", "packed"}
+_NOT_METHODS = {"apiq_fit", "base", "files", "ist", "packed", "read", "timestep_peqa"}
 
 
 class Adapter(nn.Module):
@@ -81,6 +81,10 @@ class Adapter(nn.Module):
             raise UsageError(
                 f"the file holds {next(iter(others))}, which is no tensor of a {cls.key} adapter"
             )
+
+    def beside(self) -> dict[str, Tensor]:
+        """Frozen tensors that a file must hold too, because the given model does not tell them."""
+        return {}
 
     def base_forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out) of the frozen linear; autograd keeps nothing for it but W."""

@@ -1,7 +1,7 @@
 """Adapters on disk: adapter_config.json and adapter_model.safetensors in one directory.
 
-LoRA and RandLoRA are written in the format of the peft library, which opens them; PEQA uses the
-same two files with keys of its own (see `peqa.PEQA`).
+LoRA and RandLoRA are written in the format of the peft library, which opens them; the others use
+the same two files with keys and a `peft_type` of their own, which peft refuses.
 """
 
 import json
@@ -48,6 +48,9 @@ def save(model: nn.Module, directory: str | os.PathLike) -> None:
         _PREFIX + _in_file(record.cls, name): tensor.contiguous()
         for name, tensor in adapter_state_dict(model).items()
     }
+    for name, layer in layers(model).items():
+        frozen = record.cls.beside(layer)
+        state |= {f"{_PREFIX}{name}.{key}": tensor.contiguous() for key, tensor in frozen.items()}
     config = getattr(model, "config", None)
     document = {
         "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,

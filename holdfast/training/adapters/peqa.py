@@ -50,11 +50,11 @@ def quantize(w: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     return codes.clamp_(0, top).flatten(1).to(torch.uint8), zero.to(torch.uint8), scale
 
 
-def _spans(size: int, step: int) -> Iterator[tuple[int, int]]:
+def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, size)) for start in range(0, size, step))
 
 
-class _Grid:
+class Grid:
     """The frozen integers of one linear, decoded a tile at a time."""
 
     def __init__(self, codes: Tensor, zeros: Tensor, bits: int, columns: int):
@@ -63,12 +63,12 @@ class _Grid:
         self.per_row = zeros.shape[1] == 1
 
     def row_spans(self) -> Iterator[tuple[int, int]]:
-        return _spans(len(self.codes), max(1, TILE // self.columns))
+        return spans(len(self.codes), max(1, TILE // self.columns))
 
     def column_spans(self) -> Iterator[tuple[int, int]]:
         # Tiles start on a byte and on a group.
         unit = 8 if self.per_row else math.lcm(8, self.group)
-        return _spans(self.columns, max(1, TILE // len(self.codes) // unit) * unit)
+        return spans(self.columns, max(1, TILE // len(self.codes) // unit) * unit)
 
     def rows(self, start: int, end: int) -> Tensor:
         """code - zero of some rows, (end - start, columns) fp32."""
@@ -94,12 +94,28 @@ def grouped(tile: Tensor, per_group: Tensor) -> Tensor:
     return tile.view(len(tile), per_group.shape[1], -1)
 
 
+def changed(scale: Tensor, change: Tensor) -> Tensor:
+    """scale (1 + change) in fp32, kept above a thousandth of the scale."""
+    factor = 1 + change.float()
+    # To look at values would wait for a GPU, and cannot be done on fake ones.
+    here = factor.device.type == "cpu" and not isinstance(factor, FakeTensor)
+    if here and bool((factor.detach() <= 0).any()):
+        warnings.warn(
+            "a scale reached zero and is held at a thousandth of its start; "
+            "lower the learning rate",
+            stacklevel=3,
+        )
+    # Clamped in value, not in gradient, so that a scale can come back.
+    held = factor + (factor.detach().clamp(min=1e-3) - factor.detach())
+    return scale.float() * held
+
+
 class _ScaledLinear(torch.autograd.Function):
     """x (t, n), scale (m, G) fp32, grid, bias (m,) or None -> (t, m)."""
 
     @staticmethod
     def forward(ctx, x, scale, codes, zeros, bits, bias):
-        grid = _Grid(codes, zeros, bits, x.shape[1])
+        grid = Grid(codes, zeros, bits, x.shape[1])
         y = x.new_empty(len(x), len(codes))
         # One scale a row: d scale is a sum over (gradient * unscaled output), or comes from x.
         keeps_y = grid.per_row and y.shape[1] < x.shape[1]
@@ -124,7 +140,7 @@ class _ScaledLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         kept, scale, codes, zeros = ctx.saved_tensors
-        grid = _Grid(codes, zeros, ctx.bits, ctx.columns)
+        grid = Grid(codes, zeros, ctx.bits, ctx.columns)
         needs_x, needs_scale = ctx.needs_input_grad[:2]
         gx: Any = g.new_empty(len(g), ctx.columns) if needs_x else None
         gscale: Any = torch.zeros_like(scale) if needs_scale else None
@@ -189,7 +205,7 @@ class PEQA(Adapter):
         self.register_buffer("zeros", weight.new_empty(m, count, dtype=torch.uint8))
         self.register_buffer("scale", weight.new_empty(m, count))
         dense = weight.detach().mT if self.transposed else weight.detach()
-        for start, end in _spans(m, max(1, TILE // self.in_features)):
+        for start, end in spans(m, max(1, TILE // self.in_features)):
             codes, zeros, scale = quantize(dense[start:end], bits, span)
             self.codes[start:end] = pack(codes, bits)
             self.zeros[start:end] = zeros
@@ -207,18 +223,7 @@ class PEQA(Adapter):
 
     def scales(self) -> Tensor:
         """s (1 + c) in fp32 (m, G), kept above a thousandth of s."""
-        factor = 1 + self.scale_change.float()
-        # To look at values would wait for a GPU, and cannot be done on fake ones.
-        here = factor.device.type == "cpu" and not isinstance(factor, FakeTensor)
-        if here and bool((factor.detach() <= 0).any()):
-            warnings.warn(
-                "a scale reached zero and is held at a thousandth of its start; "
-                "lower the learning rate",
-                stacklevel=2,
-            )
-        # Clamped in value, not in gradient, so that a scale can come back.
-        held = factor + (factor.detach().clamp(min=1e-3) - factor.detach())
-        return self.scale.float() * held
+        return changed(self.scale, self.scale_change)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n) -> (..., m)."""
@@ -233,7 +238,7 @@ class PEQA(Adapter):
     def _with(self, scale: Tensor) -> nn.Module:
         (linear,) = self.replaced
         m, n = self.out_features, self.in_features
-        grid = _Grid(self.codes, self.zeros, self.bits, n)
+        grid = Grid(self.codes, self.zeros, self.bits, n)
         dense = self.scale.new_empty((n, m) if self.transposed else (m, n))
         for start, end in grid.row_spans():
             tile = grid.rows(start, end)
