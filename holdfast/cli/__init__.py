@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "holdfast.cli.compare:compare",
     "plan": "holdfast.cli.plan:app",
     "hw": "holdfast.cli.hw:app",
+    "probe": "holdfast.cli.probe:app",
     "systems": "holdfast.cli.systems:systems",
     "check": "holdfast.cli.check:check",
     "doctor": "holdfast.cli.doctor:doctor",

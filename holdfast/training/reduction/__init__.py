@@ -1,0 +1,1 @@
+"""Less data: fewer examples, or shorter ones."""
