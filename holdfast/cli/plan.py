@@ -151,3 +151,31 @@ def _named(choice: dict | None) -> str:
     ((key, knobs),) = choice.items()
     settings = ", ".join(f"{name} {value}" for name, value in (knobs or {}).items())
     return f"{key} ({settings})" if settings else key
+
+
+@app.command("rules")
+def rules(
+    method: Annotated[str | None, typer.Argument(help="Only pairs with this method.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List which methods exclude each other in one plan, and why.
+
+    Example: holdfast plan rules lora
+    """
+    from holdfast.errors import unknown
+    from holdfast.plan.records import BACKWARD
+    from holdfast.plan.records import rules as all_rules
+    from holdfast.plan.registry import methods
+
+    with cli.stdout_is_json(json):
+        if method is not None and method not in (*methods(), BACKWARD):
+            raise unknown("method", method, [*methods(), BACKWARD])
+        found = {p: reason for p, reason in all_rules().items() if method is None or method in p}
+    if json:
+        cli.print_json([{"methods": list(p), "reason": reason} for p, reason in found.items()])
+        return
+    for (one, two), reason in found.items():
+        print(f"{one} + {two}: {reason}")
+    print(
+        f"{len(found)} pairs of {len(methods())} methods exclude each other; others compose where they apply"
+    )

@@ -11,7 +11,7 @@ from holdfast.places import Arena, offload
 from holdfast.plan.blocks import find_stacks
 from holdfast.plan.file import Choice, Methods, parse_runs
 from holdfast.plan.method import Method
-from holdfast.plan.records import refusal
+from holdfast.plan.records import BACKWARD, refusal
 from holdfast.plan.registry import method
 from holdfast.training.loss import chunk_loss_
 from holdfast.training.step import StepInBackward, recompute
@@ -35,7 +35,8 @@ def chosen(choice: Choice, slot: str) -> tuple[Method, dict[str, Any]]:
 def prepare(model: nn.Module, methods: Methods) -> nn.Module:
     """Weights, adapter, saved tensors and loss, in this order, in place."""
     every = _all_chosen(methods)
-    reason = refusal(found.key for found, _ in every)
+    consumed = [BACKWARD] if methods.gradients == "backward" else []
+    reason = refusal([*(found.key for found, _ in every), *consumed])
     if reason is not None:
         raise UsageError(f"these methods do not go together: {reason}")
     for found, knobs in every:

@@ -58,8 +58,8 @@ class Method:
         state_bytes: optimizers: (shape, dtype, **knobs) -> exact bytes kept per parameter between
             steps, including step counters, scales and indices.
         automatic: considered by `fit` where the user names no method of the slot.
-        requires, forbids: slots' method keys that must, or must not, be in the same plan, each
-            with its reason.
+        requires, forbids: keys of methods that must, or must not, be in the same plan, each with
+            its reason; `backward` in forbids: gradients consumed within backward.
     """
 
     key: str

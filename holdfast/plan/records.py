@@ -54,10 +54,14 @@ def records(spec: Methods) -> dict[str, Record]:
     return found
 
 
+# Stands for gradients that are consumed within backward, where a method forbids them.
+BACKWARD = "backward"
+
+
 def refusal(keys: Iterable[str]) -> str | None:
-    """Why methods cannot be in one plan, or None."""
+    """Why methods, and `BACKWARD` if gradients are so consumed, cannot be in one plan, or None."""
     keys = list(keys)
-    chosen = [methods()[k] for k in keys]
+    chosen = [methods()[k] for k in keys if k != BACKWARD]
     for one in chosen:
         for other, reason in one.forbids.items():
             if other in keys:
@@ -69,3 +73,34 @@ def refusal(keys: Iterable[str]) -> str | None:
         for category, field in sorted(one.writes.keys() & two.writes.keys()):
             return f"{one.key} and {two.key} both write the {field} of {category}"
     return None
+
+
+def with_needs(keys: Iterable[str]) -> list[str]:
+    """Methods and those that they require beside them."""
+    found = list(keys)
+    for key in found:
+        if key != BACKWARD:
+            found += [needed for needed in methods()[key].requires if needed not in found]
+    return found
+
+
+def rules() -> dict[tuple[str, str], str]:
+    """Every pair of methods of different slots, or of the slot `saved`, that excludes each other.
+
+    A method may also not apply to a model, for example because an adapter has frozen what it works
+    on; it says so itself where it is applied.
+    """
+    found = {}
+    for one, two in itertools.combinations([*methods(), BACKWARD], 2):
+        slots = [methods()[key].slot for key in (one, two) if key != BACKWARD]
+        if len(slots) == 2 and slots[0] == slots[1] != "saved":
+            continue  # a plan has room for one
+        keys = with_needs((one, two))
+        taken = [methods()[key].slot for key in keys if key != BACKWARD]
+        double = next((s for s in taken if s != "saved" and taken.count(s) > 1), None)
+        reason = refusal(keys)
+        if reason is None and double is not None:
+            reason = f"{one} and {two} need two methods of the slot {double}"
+        if reason is not None:
+            found[one, two] = reason
+    return found

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast.budget import Budget
 from holdfast.errors import UsageError, unknown
 from holdfast.plan.method import EXACT, Method, Quality
-from holdfast.plan.records import refusal
+from holdfast.plan.records import BACKWARD, refusal
 from holdfast.plan.registry import method, methods, of_slot
 
 QUALITIES = ("exact", "bounded", "lossy")
@@ -190,5 +190,7 @@ def generate(request: Request, stored: str, applies: Callable[[str], bool]) -> I
             common = Globals(dtype, form, adapter, saved, micro)
             for in_backward in (False, True):
                 if in_backward and (micro != request.batch or request.clip is not None):
+                    continue
+                if in_backward and refusal([*keys, BACKWARD]):
                     continue
                 yield Skeleton(common, optimizer, in_backward, combined(parts))

@@ -16,7 +16,7 @@ from holdfast.errors import UsageError, unknown
 from holdfast.files import write_text
 from holdfast.plan.file import Training
 from holdfast.plan.plan import Plan
-from holdfast.plan.records import refusal
+from holdfast.plan.records import BACKWARD, refusal
 from holdfast.plan.registry import methods
 from holdfast.plan.skeletons import Request
 from holdfast.training.recipes import Predictor, Recipe
@@ -55,7 +55,7 @@ def parse(text: str) -> tuple[Recipe, float | None]:
             keys.append(word)
         else:
             raise unknown("method", word, [*WORDS, *methods()])
-    reason = refusal(keys)
+    reason = refusal([*keys, *([BACKWARD] if "in_backward" in changes else [])])
     if reason is not None:
         raise UsageError(f"{text} cannot be planned: {reason}")
     by_slot: dict[str, list[str]] = {}

@@ -121,3 +121,17 @@ def test_show_says_that_nothing_is_predicted_or_what_is_wrong(tmp_path, capsys):
     assert "no prediction" in capsys.readouterr().out
     assert run_cli("plan", "show", str(tmp_path / "absent.yaml")) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_rules_name_what_excludes_what_and_why(capsys):
+    assert run_cli("plan", "rules", "--json") == 0
+    every = json.loads(capsys.readouterr().out)
+    by_pair = {frozenset(entry["methods"]): entry["reason"] for entry in every}
+    assert by_pair[frozenset({"fewbit", "rmm"})].endswith("both write the form of activations")
+    assert frozenset({"sst", "backward"}) in by_pair
+    assert frozenset({"lora", "randlora"}) not in by_pair  # a plan has one adapter anyway
+    assert run_cli("plan", "rules", "int4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all("int4" in line for line in lines[:-1]) and "exclude each other" in lines[-1]
+    assert run_cli("plan", "rules", "int5") == 2
+    assert "int4" in capsys.readouterr().err

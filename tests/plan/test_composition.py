@@ -13,15 +13,15 @@ from holdfast.meter import Meter
 from holdfast.plan import apply
 from holdfast.plan.fitter import Fitter
 from holdfast.plan.models import loss_of
-from holdfast.plan.records import refusal
+from holdfast.plan.records import BACKWARD, refusal, rules, with_needs
 from holdfast.plan.registry import methods
 from holdfast.plan.skeletons import Request
 from holdfast.training.recipes import Predictor, Recipe
 
 CONFIG = LlamaConfig(
     vocab_size=96,
-    hidden_size=32,
-    intermediate_size=64,
+    hidden_size=64,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
@@ -32,17 +32,19 @@ LIVES = {
     "disk": {"option": "disk"},
     "backward": {"in_backward": True},
 }
-BATCH, SEQUENCE = 2, 64
+BATCH, SEQUENCE = 2, 128
 # What these hold changes from step to step; predicted is the most they may hold.
-BOUNDS: frozenset[str] = frozenset()
+BOUNDS = frozenset({"ist", "osd"})
+# Needs an adapter, whichever it is.
+SCHEDULE = "ist"
 
 
 def closure(pair: tuple[str, str]) -> list[str]:
     """The methods of a pair and what they need: int4 trains with an adapter beside it."""
     found = [key for key in pair if key not in LIVES]
-    for key in found:
-        found += [needed for needed in methods()[key].requires if needed not in found]
-    return found
+    if SCHEDULE in found and not any(methods()[key].slot == "adapter" for key in found):
+        found.append("lora")
+    return with_needs(found)
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -113,7 +115,7 @@ def measure(row) -> int:
 def test_every_pair_holds_what_is_predicted_or_is_refused_with_a_reason(predict):
     wrong, refused, ran = {}, {}, []
     for pair in pairs():
-        reason = refusal(closure(pair))
+        reason = refusal([*closure(pair), *{BACKWARD}.intersection(pair)])
         if reason is not None:
             refused[pair] = reason
             continue
@@ -130,5 +132,7 @@ def test_every_pair_holds_what_is_predicted_or_is_refused_with_a_reason(predict)
         if held > row.peak if bound else held != row.peak:
             wrong[pair] = f"predicted {row.peak}, measured {held}"
     assert not wrong
-    assert all(refused.values())
+    # Beside the rules there are only methods that find nothing to work on.
+    unlisted = {pair: why for pair, why in refused.items() if pair not in rules()}
+    assert all("does not apply" in why for why in unlisted.values()), unlisted
     assert len(ran) >= 0.7 * len(pairs()), refused
