@@ -1,5 +1,6 @@
 """One machine for all tests: two threads, a fixed seed, no network."""
 
+import gc
 import os
 
 # Read when transformers is imported: a test that asks the hub for a name must fail, not wait.
@@ -12,7 +13,14 @@ import torch
 
 from holdfast import host
 
-torch.set_num_threads(2)
+# Two processes share two cores where the suite is split (pytest -n 2).
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+def pytest_collection_finish(session):
+    # Every Meter collects garbage: it need not look at what the imports left behind.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

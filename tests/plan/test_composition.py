@@ -10,7 +10,6 @@ from transformers import LlamaConfig
 from holdfast.budget import Budget
 from holdfast.errors import UsageError
 from holdfast.meter import Meter
-from holdfast.plan import apply
 from holdfast.plan.fitter import Fitter
 from holdfast.plan.models import loss_of
 from holdfast.plan.records import BACKWARD, refusal, rules, with_needs
@@ -101,7 +100,6 @@ def measure(row) -> int:
         {name: torch.randint(96, (BATCH, SEQUENCE)) for name in ("input_ids", "labels")}
         for _ in range(2)
     ]
-    apply.calibrate(model, batches, row.plan.spec.methods)
     peaks = []
     for batch in batches:
         with Meter(model, optimizer, inputs=batch) as meter:
