@@ -176,6 +176,7 @@ def rules(
         return
     for (one, two), reason in found.items():
         print(f"{one} + {two}: {reason}")
+    count = len(methods())
     print(
-        f"{len(found)} pairs of {len(methods())} methods exclude each other; others compose where they apply"
+        f"{len(found)} pairs of {count} methods exclude each other; others compose where they apply"
     )
