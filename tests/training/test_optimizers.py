@@ -158,3 +158,16 @@ def test_without_a_gradient_nothing_happens(method):
     optimizer.step()
     assert _same(start, [p.detach() for p in model.parameters()])
     assert not optimizer.state_dict()["state"]
+
+
+@each
+def test_a_compiled_model_trains_like_the_same_one_in_eager_mode(method):
+    results = []
+    for compiled in (False, True):
+        model = _model()
+        optimizer = method.apply(list(model.named_parameters()), 1e-2)
+        # Graphs are traced as for any backend, but run by torch's own operators: bitwise the same.
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        losses = _train(run, optimizer, 3)
+        results.append([torch.tensor(losses), *(p.detach() for p in model.parameters())])
+    assert _same(*results)
