@@ -332,3 +332,36 @@ def test_load_refuses_what_it_does_not_do(method, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UsageError, match="cannot be read"):
         adapters.load(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["peqa", "randlora", "lora"])
+@pytest.mark.parametrize("kind", ["opt", "vit"])
+def test_adapters_need_no_special_case_for_an_architecture(method, kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "opt":
+        config = hf.OPTConfig(
+            **sizes, ffn_dim=32, word_embed_proj_dim=16, vocab_size=32, dropout=0.0
+        )
+        model = hf.OPTForCausalLM(config)
+        ids = torch.arange(24).view(2, 12)
+        batch = {"input_ids": ids, "labels": ids}
+    else:
+        config = hf.ViTConfig(**sizes, intermediate_size=32, image_size=8, patch_size=4)
+        model = hf.ViTForImageClassification(config)
+        batch = {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.tensor([0, 1, 0, 1])}
+    attach(model, method)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        adapted = model.eval()(**batch).logits
+        merged = adapters.merge(model).eval()(**batch).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
