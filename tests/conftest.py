@@ -17,8 +17,10 @@ from holdfast import host
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
-def pytest_collection_finish(session):
-    # Every Meter collects garbage: it need not look at what the imports left behind.
+@pytest.fixture(scope="module", autouse=True)
+def _little_garbage():
+    # Every Meter collects garbage: it need not look at what imports and earlier modules left.
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 
