@@ -20,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.errors import UsageError, unknown
+from holdfast.errors import unknown
 from holdfast.native.adamw4 import BLOCK, SECOND, axes_of, decode, factor_axes, scale_of
 from holdfast.plan.method import Method, Quality
-from holdfast.training.optim.state_optimizer import Layout, StateOptimizer, layout_bytes, number
+from holdfast.training.optim.state_optimizer import (
+    Layout,
+    StateOptimizer,
+    check_adam,
+    layout_bytes,
+    number,
+)
 
 
 class AdamW4(StateOptimizer):
@@ -49,14 +55,7 @@ class AdamW4(StateOptimizer):
         second: str = "rank1",
         min_numel: int = 4097,
     ):
-        for name, value, ok, range_ in (
-            ("lr", lr, number(lr) >= 0, ">= 0"),
-            ("betas", betas, all(0 <= b < 1 for b in betas), "in [0, 1)"),
-            ("eps", eps, eps > 0, "> 0"),
-            ("weight_decay", weight_decay, weight_decay >= 0, ">= 0"),
-        ):
-            if not ok:
-                raise UsageError(f"{name}={value} must be {range_}")
+        check_adam(lr, betas, eps, weight_decay)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "second": second, "min_numel": min_numel})
 

@@ -30,7 +30,13 @@ from holdfast.forms import Affine, Blockwise, Form, Packed
 from holdfast.forms.base import reciprocal
 from holdfast.plan.method import Method, Quality
 from holdfast.training.optim.projector import Projector
-from holdfast.training.optim.state_optimizer import Layout, StateOptimizer, layout_bytes, number
+from holdfast.training.optim.state_optimizer import (
+    Layout,
+    StateOptimizer,
+    check_adam,
+    layout_bytes,
+    number,
+)
 from holdfast.training.saved.lean import first_order
 
 if TYPE_CHECKING:
@@ -97,14 +103,11 @@ class QGaLoreAdamW(StateOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
+        check_adam(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         for name, ok, range_ in (
-            ("lr", number(group["lr"]) >= 0, ">= 0"),
             ("rank", group["rank"] is None or group["rank"] >= 1, "a positive integer or None"),
             ("gap", group["gap"] >= 1, ">= 1"),
             ("growth", group["growth"] >= 1, ">= 1"),
-            ("betas", all(0 <= b < 1 for b in group["betas"]), "in [0, 1)"),
-            ("eps", group["eps"] > 0, "> 0"),
-            ("weight_decay", group["weight_decay"] >= 0, ">= 0"),
         ):
             if not ok:
                 raise UsageError(f"{name}={group[name]} must be {range_}")
