@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,9 @@ LIVES = {
 }
 BATCH, SEQUENCE = 2, 128
 # What these hold changes from step to step; predicted is the most they may hold.
-BOUNDS = frozenset({"ist", "osd"})
+BOUNDS = frozenset({"ist"})
+# By default these project nothing of a model as narrow as this one.
+SMALL = {"qgalore": {"rank": (16,)}, "osd": {"rank": (16,)}}
 # Needs an adapter, whichever it is.
 SCHEDULE = "ist"
 
@@ -89,7 +92,12 @@ def predict():
             patch.setattr(Fitter, "_block_options", lambda fitter: ["keep"])
             return kept.row(found)
 
-    return row
+    with pytest.MonkeyPatch.context() as patch:
+        for key, knobs in SMALL.items():
+            method = methods()[key]
+            smaller = replace(method, knobs={**method.knobs, **knobs})
+            patch.setitem(methods(), key, smaller)
+        yield row
 
 
 def measure(row) -> int:
@@ -111,7 +119,7 @@ def measure(row) -> int:
 
 
 def test_every_pair_holds_what_is_predicted_or_is_refused_with_a_reason(predict):
-    wrong, refused, ran = {}, {}, []
+    wrong, refused, exact = {}, {}, []
     for pair in pairs():
         reason = refusal([*closure(pair), *{BACKWARD}.intersection(pair)])
         if reason is not None:
@@ -125,12 +133,13 @@ def test_every_pair_holds_what_is_predicted_or_is_refused_with_a_reason(predict)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # LoRS on a model that is not sparse
             held = measure(row)
-        ran.append(pair)
         bound = BOUNDS.intersection(pair)
-        if held > row.peak if bound else held != row.peak:
+        if held == row.peak:
+            exact.append(pair)
+        elif not bound or held > row.peak:
             wrong[pair] = f"predicted {row.peak}, measured {held}"
     assert not wrong
     # Beside the rules there are only methods that find nothing to work on.
     unlisted = {pair: why for pair, why in refused.items() if pair not in rules()}
     assert all("does not apply" in why for why in unlisted.values()), unlisted
-    assert len(ran) >= 0.7 * len(pairs()), refused
+    assert len(exact) >= 0.7 * len(pairs()), refused

@@ -26,15 +26,25 @@ STEPS, SAVED = 5, 3
 DATA = torch.randint(64, (STEPS, 2, 32), generator=torch.Generator().manual_seed(0))
 
 
+# What is due every so many steps comes due within these, and no rank exceeds the model's width.
+KNOBS = {
+    "qgalore": {"rank": 8, "gap": 2},
+    "osd": {"rank": 8},
+    "compact": {"gap": 2},
+    "sst": {"interval": 2},
+    "ist": {"keep": 0.5},
+}
+
+
 def chosen(key: str) -> Methods:
-    """The method with what it needs, and a schedule that comes due within the steps."""
+    """The method with what it needs."""
     entries = {"optimizer": {"adamw": {}}, "saved": []}
     # A schedule draws among adapters, whichever they are.
     keys = [key, "lora"] if key == "ist" else [key]
     for each in keys:
         keys += [needed for needed in methods()[each].requires if needed not in keys]
         slot = methods()[each].slot
-        choice = {each: {}}
+        choice = {each: KNOBS.get(each, {})}
         if slot == "saved":
             entries["saved"].append(choice)
         else:
