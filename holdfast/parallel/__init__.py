@@ -1,0 +1,1 @@
+"""Training spread over ranks: the same step, its bytes moved elsewhere in space or time."""
