@@ -5,10 +5,12 @@ imported torch once makes each further process cheap, so that a test of four ran
 more than a test of one.
 """
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
@@ -26,6 +28,9 @@ from holdfast.errors import HoldfastError, UsageError
 
 # After one rank has failed the others notice by their broken connections; this long they may take.
 GRACE_SECONDS = 5.0
+
+# Imported once, by the fork server; the second and third bring torch's compiler and take seconds.
+PRELOAD = ["holdfast.parallel.launch", "torch.distributed.pipelining", "torch.distributed.fsdp"]
 
 
 class RankFailed(HoldfastError):
@@ -77,7 +82,7 @@ def launch(
     ):
         raise UsageError(f"launch needs a function of an importable module's top level, not {fn!r}")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "holdfast.parallel.launch"])
+    context.set_forkserver_preload(PRELOAD)
     job = pickle.dumps((fn, args))
     root = _import_root(module.__name__, module.__file__)
     with tempfile.TemporaryDirectory(prefix="holdfast-") as folder:
@@ -93,7 +98,7 @@ def launch(
             workers.append(worker)
             pipes.append(ours)
         try:
-            return _collect(workers, pipes, timeout if limit is None else limit)
+            return _collect(workers, pipes, timeout if limit is None else limit, Path(folder))
         finally:
             for worker in workers:
                 if worker.is_alive():
@@ -101,7 +106,7 @@ def launch(
                 worker.join()
 
 
-def _collect(workers: list, pipes: list[Connection], limit: float) -> list[Any]:
+def _collect(workers: list, pipes: list[Connection], limit: float, folder: Path) -> list[Any]:
     results: dict[int, Any] = {}
     failed: dict[int, str] = {}
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
@@ -110,7 +115,11 @@ def _collect(workers: list, pipes: list[Connection], limit: float) -> list[Any]:
         ready = cast(list[Connection], wait(list(waiting), timeout=_remaining(deadline)))
         if not ready:
             for rank in waiting.values():
-                failed[rank] = "no result before its time was over; it was stopped"
+                os.kill(workers[rank].pid, signal.SIGUSR1)
+            time.sleep(1.0)  # for them to write where they are
+            for rank in waiting.values():
+                stack = (folder / f"stack{rank}").read_text()
+                failed[rank] = f"no result before its time was over; it was stopped here:\n{stack}"
             break
         for pipe in ready:
             rank = waiting.pop(pipe)
@@ -149,6 +158,8 @@ def _import_root(name: str, path: str | None) -> str | None:
 def _work(job: bytes, module: str, root: str | None, settings: tuple, pipe: Connection) -> None:
     rank, processes, store, backend, timeout, threads = settings
     try:
+        stack = open(Path(store).with_name(f"stack{rank}"), "w")  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR1, stack)
         try:
             importlib.import_module(module)
         except ModuleNotFoundError:

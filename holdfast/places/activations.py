@@ -28,12 +28,14 @@ class ActivationStore:
     it; the arena's copy is freed with the last of them, so a retained graph can be run again.
 
     Args:
-        arena: where the copies go.
+        arena: where the copies go; None leaves everything on the device, counted.
         device: move only this device's tensors; None moves all.
         keep: tensors to leave alone besides parameters.
         after: the store of the block before, which `overlap` releases and prefetches.
-        overlap: copy on a side stream: a block leaves the device when the next one has been
-            saved, and is prefetched while that one's backward runs. None: on CUDA only.
+        overlap: copy on a side stream, on a CPU in a side thread: a block leaves the device when
+            the next one has been saved, and is prefetched while that one's backward runs. None:
+            on CUDA only.
+        retain: what has been loaded stays until the graph goes, for a backward in several parts.
 
     Raises:
         ArenaFull: leaving the context, the arena cannot hold the block; nothing of it is kept.
@@ -43,14 +45,16 @@ class ActivationStore:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: Arena | None,
         *,
         device: torch.device | str | None = None,
         keep: Iterable[Tensor] = (),
         after: "ActivationStore | None" = None,
         overlap: bool | None = None,
+        retain: bool = False,
     ):
         self.arena, self.overlap = arena, overlap
+        self.retain = retain or arena is None
         self.device = None if device is None else torch.device(device)
         self._keep = {storage for tensor in keep for storage in _storages(tensor)}
         # Weak, or every step would hold all the steps before it.
@@ -66,6 +70,12 @@ class ActivationStore:
         if self._state is not State.SAVED:
             return self._state
         return min((span.state for span in self._live_spans()), default=State.FREED)
+
+    @property
+    def device_bytes(self) -> int:
+        """What has been saved and lies on the device now, apart from what always stays there."""
+        spans = [span for span in self._live_spans() if span.base is not None]
+        return sum(span.nelements * span.like.itemsize for span in spans)
 
     def __enter__(self) -> "ActivationStore":
         self._state = step(self._state, State.SAVING)
@@ -91,6 +101,8 @@ class ActivationStore:
     def prefetch(self) -> None:
         """Begin to load what is only in the arena; without overlap, only tell the arena."""
         waiting = [span for span in self._live_spans() if span.state is State.RELEASED]
+        if self.arena is None:
+            return
         self.arena.prefetch([span.key for span in waiting if not span.overlaps])
         for span in waiting:
             if span.overlaps:
@@ -99,7 +111,7 @@ class ActivationStore:
     def release(self) -> None:
         """Drop the device's bytes of everything that has been saved."""
         for span in self._live_spans():
-            if span.state is State.SAVED:
+            if self.arena is not None and span.state is State.SAVED:
                 span.release()
 
     def _live_spans(self) -> Iterator[Span]:
@@ -140,7 +152,7 @@ class ActivationStore:
             for s in group:
                 s.span, s.tensor = span, None
             self._spans.append(weakref.ref(span))
-            if not span.overlaps:
+            if self.arena is not None and not span.overlaps:
                 span.release()
         before = self._after()
         if before is not None:

@@ -4,6 +4,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -61,10 +62,14 @@ class Arena(ABC):
     def resident_bytes(self) -> int:
         return self._resident
 
-    def put(self, key: Hashable, tensor: Tensor) -> None:
+    def put(self, key: Hashable, tensor: Tensor, copier: Executor | None = None) -> Future | None:
         """Store a copy of `tensor`, any strides and device, under a new key.
 
         On CUDA the copy is ordered on the current stream, like any operation on `tensor`.
+
+        Args:
+            copier: copies later, in its own thread; until the future that is returned is done,
+                `tensor` must not change and `key` must not be evicted.
 
         Raises:
             ArenaFull: the cap would be passed.
@@ -77,13 +82,27 @@ class Arena(ABC):
                 raise UsageError(f"cannot put {key!r} into the {self.place} arena: {why}")
             slot = self._reserve(tensor)
             entry = Entry(slot, tensor.new_empty(0), tensor.shape)
-            try:
-                self._write(entry, tensor)
-            except BaseException:
-                self._release(entry)
-                raise
+            copied = None
+            if copier is not None:
+                copied = copier.submit(self._write, entry, tensor)
+            else:
+                try:
+                    self._write(entry, tensor)
+                except BaseException:
+                    self._release(entry)
+                    raise
             self._entries[key] = entry
             self.bytes_in += entry.nbytes
+            return copied
+
+    def load(self, key: Hashable, out: Tensor, copier: Executor) -> Future:
+        """`get` into `out` in the thread of `copier`; done when the future is.
+
+        Raises:
+            KeyError, UsageError: as `get`.
+        """
+        with self._locked():
+            return copier.submit(self._read, self._found(key, out), out)
 
     def get(self, key: Hashable, out: Tensor | None = None) -> Tensor:
         """Copy a stored tensor into `out`, or into a new one on the device it came from.
@@ -93,21 +112,25 @@ class Arena(ABC):
             UsageError: `out` has another shape or dtype.
         """
         with self._locked():
-            entry = self._entries.get(key)
-            if entry is None:
-                self.misses += 1
-                raise KeyError(f"{key!r} is not in the {self.place} arena")
+            entry = self._found(key, out)
             if out is None:
                 out = entry.like.new_empty(entry.shape)
-            elif out.shape != entry.shape or out.dtype != entry.like.dtype:
-                raise UsageError(
-                    f"out is {tuple(out.shape)} {out.dtype}, {key!r} was stored as "
-                    f"{tuple(entry.shape)} {entry.like.dtype}; pass a matching tensor"
-                )
             self._read(entry, out)
-            self.hits += 1
-            self.bytes_out += entry.nbytes
         return out
+
+    def _found(self, key: Hashable, out: Tensor | None) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            raise KeyError(f"{key!r} is not in the {self.place} arena")
+        if out is not None and (out.shape != entry.shape or out.dtype != entry.like.dtype):
+            raise UsageError(
+                f"out is {tuple(out.shape)} {out.dtype}, {key!r} was stored as "
+                f"{tuple(entry.shape)} {entry.like.dtype}; pass a matching tensor"
+            )
+        self.hits += 1
+        self.bytes_out += entry.nbytes
+        return entry
 
     def prefetch(self, keys: Iterable[Hashable]) -> None:  # noqa: B027
         """Hint that `keys` are needed soon; absent ones are skipped, no resident byte is added."""

@@ -4,6 +4,7 @@ import enum
 import functools
 import itertools
 import math
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -124,7 +125,7 @@ class Span:
         self.store, self.start, self.sharers, self.uses = store, start, len(saved), 0
         self.key = next(_keys)
         self.state = State.SAVING
-        self.ready: torch.cuda.Event | None = None
+        self.ready: torch.cuda.Event | Future | None = None
         self.device, self.nelements = first.device, nelements
         self.like, self.version = first.new_empty(0), first._version
         self.shape: tuple[int, ...] = (nelements,)
@@ -132,8 +133,10 @@ class Span:
         if saved[0].has_gaps and len({(s.start, s.shape, s.stride) for s in saved}) == 1:
             self.shape, self.stride = saved[0].shape, saved[0].stride
         self.base: Tensor | None = first.as_strided((nelements,), (1,), start)
-        with self._copying(self.base):
-            store.arena.put(self.key, self._stored(self.base))
+        if store.arena is not None:
+            with self._copying(self.base):
+                copied = store.arena.put(self.key, self._stored(self.base), self._copier())
+            self.ready = copied or self.ready
         self.state = step(self.state, State.SAVED)
 
     def _stored(self, base: Tensor) -> Tensor:
@@ -144,15 +147,23 @@ class Span:
             return _CopyStream(self)
         return nullcontext()
 
+    def _copier(self) -> Executor | None:
+        """Who copies: on a CPU, a thread in the part of the stream."""
+        assert self.base is not None
+        fake = isinstance(self.base, FakeTensor)
+        return copy_thread() if self.overlaps and self.base.is_cpu and not fake else None
+
     @property
     def overlaps(self) -> bool:
         wanted = self.store.overlap
         return self.device.type == "cuda" if wanted is None else wanted
 
     def _wait(self) -> None:
-        if self.ready is not None:
+        if isinstance(self.ready, Future):
+            self.ready.result()
+        elif self.ready is not None:
             torch.cuda.current_stream(self.device).wait_event(self.ready)
-            self.ready = None
+        self.ready = None
 
     def _check_version(self) -> None:
         # Until it is released, a change after the forward reaches the tensor and perhaps the copy.
@@ -171,8 +182,13 @@ class Span:
         """Make device memory and begin to fill it."""
         self.state = step(self.state, State.PREPARED)
         self.base = self.like.new_empty(self.nelements)
-        with self._copying(self.base):
-            self.store.arena.get(self.key, out=self._stored(self.base))
+        copier, arena = self._copier(), self.store.arena
+        assert arena is not None
+        if copier is not None:
+            self.ready = arena.load(self.key, self._stored(self.base), copier)
+        else:
+            with self._copying(self.base):
+                arena.get(self.key, out=self._stored(self.base))
 
     def use(self, saved: Moved) -> Tensor:
         self.store.backward_began()
@@ -189,7 +205,7 @@ class Span:
             saved.shape, saved.stride, base.storage_offset() + saved.start - self.start
         )
         self.uses += 1
-        if self.uses == self.sharers:
+        if self.uses == self.sharers and not self.store.retain:
             self.state = step(self.state, State.USED)
             self.base, self.uses = None, 0
         return view
@@ -198,11 +214,14 @@ class Span:
         """Give back the bytes of both places."""
         if self.state is not State.FREED:
             self.state = step(self.state, State.FREED)
-            if self.ready is not None and self.base is not None:
-                # The copy may still run; the allocator must not reuse its memory before the end.
+            # The copy may still run; nobody may reuse its memory before the end.
+            if isinstance(self.ready, Future):
+                wait([self.ready])
+            elif self.ready is not None and self.base is not None:
                 self.base.record_stream(_copy_stream(self.device))
             self.base = self.ready = None
-            self.store.arena.evict(self.key)
+            if self.store.arena is not None:
+                self.store.arena.evict(self.key)
 
     def __del__(self):
         if hasattr(self, "state"):
@@ -223,6 +242,12 @@ class _CopyStream:
     def __exit__(self, *exc) -> None:
         self.span.ready = self.stream.record_event()
         self.inner.__exit__(*exc)
+
+
+@functools.cache
+def copy_thread() -> ThreadPoolExecutor:
+    # One, so that copies end in the order in which they were asked for.
+    return ThreadPoolExecutor(1, thread_name_prefix="holdfast-copy")
 
 
 @functools.cache

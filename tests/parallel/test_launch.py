@@ -54,8 +54,9 @@ def test_a_rank_that_is_killed_ends_the_others():
 
 
 def test_a_rank_that_hangs_is_stopped():
-    with pytest.raises(RankFailed, match="stopped"):
+    with pytest.raises(RankFailed, match="stopped here") as failure:
         launch(_one_hangs, 2, limit=5.0)
+    assert "in _one_hangs" in failure.value.ranks[1]
 
 
 def test_what_cannot_be_launched_is_refused():
