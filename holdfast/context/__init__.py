@@ -1,0 +1,1 @@
+"""Context: attention whose memory is bounded, caches with a budget, recurrent states."""
