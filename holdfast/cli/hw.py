@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
+from holdfast.cli.hw_compare import compare
+
 app = typer.Typer(
-    help="Hardware files: measure this machine for predictions of time.",
+    help="Hardware files: measure this machine, compare machines that need not exist.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
-@app.callback()
-def _noun() -> None:
-    pass  # keeps `probe` a verb of its own while it is the only one
+app.command("compare")(compare)
 
 
 @app.command("probe")

@@ -83,15 +83,23 @@ def probe(
     )
 
 
-def _timed(work: Callable[[], object], device: torch.device, box_seconds: float) -> float:
+Clock = Callable[[], float]
+
+
+def _timed(
+    work: Callable[[], object],
+    device: torch.device,
+    box_seconds: float,
+    clock: Clock = time.perf_counter,
+) -> float:
     """Least seconds of one call, after one warm-up; at least 3 calls."""
 
     def once() -> float:
-        start = time.perf_counter()
+        start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     once()
     end = time.perf_counter() + box_seconds
@@ -101,13 +109,21 @@ def _timed(work: Callable[[], object], device: torch.device, box_seconds: float)
     return best
 
 
-def gemm_flops(device: torch.device, dtype: torch.dtype, box_seconds: float) -> float:
-    """FLOP/s of square matrix products, the best over sides that fit the time box."""
+def gemm_flops(
+    device: torch.device,
+    dtype: torch.dtype,
+    box_seconds: float,
+    clock: Clock = time.perf_counter,
+) -> float:
+    """FLOP/s of square matrix products, the best over sides that fit the time box.
+
+    With one thread on a CPU, `clock` may be `time.thread_time`, which leaves out other programs.
+    """
     limit = 8192 if device.type == "cuda" else 2048
     side, best = 256, 0.0
     while side <= limit:
         left = torch.randn(side, side, device=device).to(dtype)
-        seconds = _timed(partial(torch.mm, left, left), device, box_seconds / 4)
+        seconds = _timed(partial(torch.mm, left, left), device, box_seconds / 4, clock)
         best = max(best, 2 * side**3 / seconds)
         # The next side takes 8 times longer, for at least 4 calls; where a format is emulated
         # that would be minutes.
@@ -117,11 +133,13 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, box_seconds: float) -> 
     return best
 
 
-def memory_bandwidth(device: torch.device, nbytes: int, box_seconds: float) -> float:
+def memory_bandwidth(
+    device: torch.device, nbytes: int, box_seconds: float, clock: Clock = time.perf_counter
+) -> float:
     """Bytes/s of the better of a copy (2 passes) and a triad a + s*b (3 passes)."""
     a, b, out = (torch.ones(nbytes // 4, device=device) for _ in range(3))
-    copy = _timed(lambda: out.copy_(a), device, box_seconds / 2)
-    triad = _timed(lambda: torch.add(a, b, alpha=3.0, out=out), device, box_seconds / 2)
+    copy = _timed(lambda: out.copy_(a), device, box_seconds / 2, clock)
+    triad = _timed(lambda: torch.add(a, b, alpha=3.0, out=out), device, box_seconds / 2, clock)
     return max(2 * nbytes / copy, 3 * nbytes / triad)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
-from holdfast.meter import BACKWARD, FORWARD, StorageLog, open_storages
+from holdfast.meter import BACKWARD, FORWARD, Storage, StorageLog, open_storages
 from holdfast.plan.blocks import Stack, members
 
 PLACE_CODES = {"device": 0, "host": 1}
@@ -122,9 +122,14 @@ _CUTS = ("F", "end", "B", "tail")
 class _Recorder(StorageLog):
     """A storage log that also adds up what each segment computes and moves."""
 
-    def __init__(self, op_seconds: Callable[[int, int, torch.dtype], float], device: str):
+    def __init__(
+        self,
+        op_seconds: Callable[[int, int, torch.dtype], float],
+        device: str,
+        observe: "Observer | None" = None,
+    ):
         super().__init__(device)
-        self.op_seconds = op_seconds
+        self.op_seconds, self.observe = op_seconds, observe
         self.cuts: list[tuple[int, Key]] = []
         self.costs: dict[Key, list[float]] = {}
         self.gradients: dict[Key, list[tuple[int, str]]] = {}
@@ -163,7 +168,22 @@ class _Recorder(StorageLog):
         cost[0] += self.op_seconds(flops, moved, dtype)
         cost[1] += flops
         cost[2] += moved
+        if func is torch.ops.aten.logsumexp.default:
+            # Shows its result alone, but holds exponentials of all that enters while it runs.
+            self._pass(args[0].nbytes + result.nbytes)
+        if self.observe is not None:
+            self.observe(self, self.cuts[-1][1], func, args, kwargs or {}, result, flops)
         return result
+
+    def _pass(self, nbytes: int) -> None:
+        """Note bytes that an operation takes and frees within itself."""
+        sid, phase = len(self.log.storages), self.phase()
+        self.log.storages.append(Storage(nbytes, "device", "temporary", len(self.log.events)))
+        self.log.events += [(sid, nbytes, phase), (sid, -nbytes, phase)]
+
+
+# (log, segment, operation, args, kwargs, result, FLOPs), after each operation that is no view.
+Observer = Callable[[StorageLog, Key, Any, tuple, dict, Any, int], None]
 
 
 def _flops(func, args, kwargs, result) -> int:
@@ -187,6 +207,7 @@ def record(
     inputs: Any,
     op_seconds: Callable[[int, int, torch.dtype], float],
     device: str = "cpu",
+    observe: Observer | None = None,
 ) -> Trace:
     """Run `step` (forward and backward, no optimizer) once and cut its log into segments.
 
@@ -194,12 +215,13 @@ def record(
         model: fake, shallow, with every method applied.
         stacks: their `path`s hold the kept blocks, in order.
         inputs: the batch; counted under `inputs`.
+        observe: sees every operation and the log, in which categories are final afterwards.
 
     Returns:
         A trace with `regular=False` where blocks did not run once each and in order, so that it
         must not be extended.
     """
-    recorder = _Recorder(op_seconds, device)
+    recorder = _Recorder(op_seconds, device, observe)
     recorder.seed("parameters", list(model.parameters()))
     recorder.seed("buffers", list(model.buffers()))
     recorder.seed("inputs", inputs)
