@@ -14,7 +14,7 @@ from holdfast.meter import StorageLog, fake_step, ledger_of, open_storages
 from holdfast.places import Arena
 from holdfast.plan.blocks import members, stacks_of, truncate_, whole
 from holdfast.plan.compose import Family, Like, Trainable, UpdateCost, trainables
-from holdfast.plan.trace import align_, record, to_fake_
+from holdfast.plan.trace import Observer, align_, record, to_fake_
 
 OpSeconds = Callable[[int, int, torch.dtype], float]
 
@@ -26,6 +26,7 @@ def trace_family(
     run: Callable[[nn.Module, dict[str, Any]], torch.Tensor],
     options: dict[str, Callable[[nn.Module], Arena | None]],
     op_seconds: OpSeconds,
+    observe: Callable[[str], Observer] | None = None,
 ) -> Family:
     """Trace one model under each option.
 
@@ -35,18 +36,19 @@ def trace_family(
         prepare: applies the global methods to the (shallow, fake) model.
         run: (model, batch) -> scalar loss.
         options: name -> what it does to one block; returns the arena that the block fills, if any.
+        observe: name of an option -> what sees each operation of its trace.
     """
     stacks = stacks_of(build())
     try:
-        return _trace(build, inputs, prepare, run, options, op_seconds, stacks)
+        return _trace(build, inputs, prepare, run, options, op_seconds, stacks, observe)
     except Exception:
         if all(len(s.kept) == s.depth for s in stacks):
             raise
     # A model that cannot run shallow, or runs its blocks out of order, is traced whole.
-    return _trace(build, inputs, prepare, run, options, op_seconds, whole(stacks))
+    return _trace(build, inputs, prepare, run, options, op_seconds, whole(stacks), observe)
 
 
-def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
+def _trace(build, inputs, prepare, run, options, op_seconds, stacks, observe) -> Family:
     family = Family(stacks, {}, {}, [])
     for name, apply in options.items():
         # Constructors and copies of modules do not work on fake tensors.
@@ -56,6 +58,14 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
             if not family.base:
                 _persistent(family, model)
                 family.between_steps = max(map(_between_steps, model.modules()))
+            # Where layers rest by turns, the step that holds most is predicted.
+            busiest = getattr(model, "busiest_step_", None)
+            if busiest is not None:
+                if any(len(s.kept) != s.depth for s in stacks):
+                    raise HoldfastError("blocks differ in what trains, so none stands for another")
+                trained = [p for p in model.parameters() if p.requires_grad]
+                busiest()
+                family.resting_bytes = sum(p.nbytes for p in trained if not p.requires_grad)
             arenas = {
                 (stack.path, k): apply(block)
                 for stack in stacks
@@ -68,6 +78,7 @@ def _trace(build, inputs, prepare, run, options, op_seconds, stacks) -> Family:
                 partial(_backward, run, model, batch),
                 inputs=batch,
                 op_seconds=op_seconds,
+                observe=observe and observe(name),
             )
         if not trace.regular and any(len(s.kept) != s.depth for s in stacks):
             raise HoldfastError("blocks do not run once each in order")
