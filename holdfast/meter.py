@@ -16,7 +16,7 @@ import gc
 import logging
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -50,6 +50,25 @@ def open_storages(value: Any) -> Iterable[torch.UntypedStorage]:
             yield leaf.untyped_storage()
         elif leaf.layout is torch.sparse_coo:
             yield from open_storages([leaf._indices(), leaf._values()])
+
+
+class _Resizes:
+    """Tells of every `UntypedStorage.resize_` called from Python, until removed."""
+
+    def __init__(self, tell: Callable[[torch.UntypedStorage, int], None]):
+        original = torch.UntypedStorage.resize_
+
+        def resize_(storage, size):
+            before = storage.nbytes()
+            result = original(storage, size)
+            tell(storage, before)
+            return result
+
+        self._original = original
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        torch.UntypedStorage.resize_ = self._original  # type: ignore[method-assign]
 
 
 @dataclass
@@ -241,7 +260,15 @@ class StorageLog(TorchDispatchMode):
             if self._depth == 0:
                 self._tag_survivors(self._recompute_start, BACKWARD)
 
+    def _resized(self, storage: torch.UntypedStorage, before: int) -> None:
+        sid = self.id_of(storage)
+        if sid is not None:
+            self.log.storages[sid].nbytes = storage.nbytes()
+            self.log.events.append((sid, storage.nbytes() - before, self.phase()))
+
     def __enter__(self):
+        # No operation shows a storage being resized, which is how FSDP frees gathered parameters.
+        self._handles.append(_Resizes(self._resized))
         hooks = torch.nn.modules.module
         self._handles += [
             hooks.register_module_forward_pre_hook(self._before_forward),
@@ -394,6 +421,9 @@ class Meter:
             storages.seed("buffers", list(self.model.buffers()))
             storages.seed("gradients", [p.grad for p in self.model.parameters()])
         for optimizer in self.optimizers:
+            # What an optimizer holds beside its parameters and state, by category.
+            for category, tensors in getattr(optimizer, "held", {}).items():
+                storages.seed(category, tensors)
             for group in optimizer.param_groups:
                 storages.seed("parameters", group["params"])
                 storages.seed("gradients", [p.grad for p in group["params"]])

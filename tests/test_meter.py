@@ -332,3 +332,25 @@ def test_an_error_inside_leaves_nothing_behind():
             raise ZeroDivisionError
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
     assert not torch.nn.modules.module._global_forward_pre_hooks
+
+
+def test_a_resized_storage_is_followed():
+    kept = torch.zeros(1000)
+    storage = kept.untyped_storage()
+    original = torch.UntypedStorage.resize_
+    with Meter(inputs=[kept]) as meter:
+        storage.resize_(0)
+        empty = meter._storages.live_bytes()
+        storage.resize_(8000)
+        storage.resize_(4000)
+    assert (meter.base, empty, meter.peak, meter.end) == (4000, 0, 8000, 4000)
+    assert torch.UntypedStorage.resize_ is original
+
+
+def test_what_an_optimizer_says_it_holds_has_its_category():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.held = {"gradients": [torch.zeros(10)], "optimizer": [torch.zeros(20)]}
+    with Meter(model, optimizer) as meter:
+        torch.zeros(1)
+    assert meter.at_peak["gradients"] == 40 and meter.at_peak["optimizer"] == 80

@@ -1,0 +1,1 @@
+"""Byte and time formulas of published systems, in integers and plain numbers."""
