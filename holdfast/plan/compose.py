@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from holdfast.errors import UsageError
 from holdfast.ledger import CATEGORIES, Ledger
 from holdfast.meter import BACKWARD, FORWARD, PHASE_NAMES, STEP
 from holdfast.plan.blocks import Stack
@@ -59,8 +60,10 @@ class Family:
     `options[name]` is a trace in which every block runs under that option, fit for mixing: what
     blocks share lives as long as under any option. `uniform[name]` is the same for no mixture.
     `likes` holds by name what parameters carry as `like`, `between_steps` the most bytes of
-    scratch that a module takes after the optimizer's step. `moved[place]` holds the bytes that a
-    traced block puts into an arena of that place, `extra_seconds` the exposed time of these copies.
+    scratch that a module takes after the optimizer's step, `resting_bytes` the gradients that are
+    missing even from the step that holds most, where layers rest by turns. `moved[place]` holds
+    the bytes that a traced block puts into an arena of that place, `extra_seconds` the exposed time
+    of these copies.
     """
 
     stacks: list[Stack]
@@ -70,6 +73,7 @@ class Family:
     uniform: dict[str, Trace] = field(default_factory=dict)
     likes: dict[str, Like] = field(default_factory=dict)
     between_steps: int = 0
+    resting_bytes: int = 0
     extra_seconds: dict[str, dict[tuple[str, int], float]] = field(default_factory=dict)
     moved: dict[str, dict[tuple[str, int], int]] = field(default_factory=dict)
 
@@ -165,6 +169,7 @@ class Composer:
         self.gradient_bytes = sum(
             t.count * int(np.prod(t.shape)) * t.dtype.itemsize for t in family.trainable
         )
+        self.gradient_bytes -= family.resting_bytes
         costs = [(t.count, update(t.shape, t.dtype, t.like)) for t in family.trainable]
         self.state_bytes = sum(count * cost.state for count, cost in costs)
         self.scratch = max((cost.scratch for _, cost in costs), default=0)
@@ -204,7 +209,16 @@ class Composer:
         return (False, True) if self.life.accumulation > 1 else (False,)
 
     def ledger(self, choice: Mapping[tuple[str, int], str]) -> Ledger:
-        """Bytes of the whole step where block b runs under `choice[b]`."""
+        """Bytes of the whole step where block b runs under `choice[b]`.
+
+        Raises:
+            UsageError: a block that moves what it saves, where layers rest by turns.
+        """
+        if self.family.resting_bytes and {"host", "disk"}.intersection(choice.values()):
+            raise UsageError(
+                "moving blocks to host or disk does not apply where layers rest by turns: which "
+                "step then holds most is not known; use keep and recompute"
+            )
         best: dict[tuple[int, int], tuple[int, np.ndarray]] = {}
         kinds = set(choice.values())
         alike = next(iter(kinds)) if len(kinds) == 1 else None

@@ -87,7 +87,15 @@ class Fitter:
     left_out: dict[Globals, str] = field(default_factory=dict)
 
     def __post_init__(self):
+        if (self.request.reserve or 0) < 0:
+            raise UsageError(f"reserve {self.request.reserve} is negative; use 0 bytes or more")
         self.source = resolve(self.request.model)
+        # Transformers builds such a model: a range of negative length is empty.
+        depth = getattr(self.source.config, "num_hidden_layers", None)
+        if isinstance(depth, int) and depth < 0:
+            raise UsageError(
+                f"num_hidden_layers {depth} of {self.source.name} is negative; use 1 or more"
+            )
         named = self.request.hardware
         self.hardware = load_hardware(named) if named else default_hardware()
         limit = self.source.max_sequence
@@ -257,7 +265,10 @@ class Fitter:
             life = Life(skeleton.in_backward, self.request.batch // skeleton.globals.micro)
             family = self.family(skeleton.globals)
             composer = Composer(family, life, self._update(skeleton))
-            self._problems[key] = (composer, Problem(composer, self._block_options()))
+            options = self._block_options()
+            if family.resting_bytes:
+                options = [o for o in options if o not in ("host", "disk")]
+            self._problems[key] = (composer, Problem(composer, options))
         return self._problems[key]
 
     def _update(self, skeleton: Skeleton) -> UpdateCosts:
