@@ -1,4 +1,4 @@
-"""docs/systems.md, generated from the catalogue and the records."""
+"""docs/systems.md, generated from the catalogue and the records; and the table of pipelines.md."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,40 @@ from holdfast import catalogue, checks
 from holdfast.units import format_bytes
 
 PATH = Path(__file__).parents[2] / "docs" / "systems.md"
+PIPELINES = "pipelines.md"  # beside it
+BEGIN, END = "<!-- activations:begin -->\n", "<!-- activations:end -->"
 
 
 def write() -> bool:
-    """Regenerate docs/systems.md; False where there is no docs folder, outside a checkout."""
+    """Regenerate docs/systems.md and the table of docs/pipelines.md.
+
+    False where there is no docs folder, outside a checkout.
+    """
     if not PATH.parent.is_dir():
         return False
     from holdfast.files import write_text  # imports torch
 
     write_text(PATH, generate())
+    page = PATH.with_name(PIPELINES)
+    if page.exists():
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        write_text(page, before + BEGIN + pipelines() + END + rest.partition(END)[2])
     return True
+
+
+def pipelines() -> str:
+    """The table of activation bytes by schedule, and what half of the chunks is worth."""
+    from holdfast.checks.parallel.pipeoffload import activation_table  # imports torch
+
+    rows = activation_table()
+    names = [name for name in rows[0] if name != "ranks"]
+    lines = [f"| ranks | {' | '.join(names)} |", "| ---: " * (1 + len(names)) + "|"]
+    lines += [f"| {r['ranks']} | {' | '.join(f'{r[n]:.3f}' for n in names)} |" for r in rows]
+    half = next(name for name in names if name.startswith("half"))
+    gone = [f"{1 - r[half] / r['interleaved']:.0%} on {r['ranks']} ranks" for r in rows]
+    lines += ["", f"With half of the chunks offloaded, of interleaved 1F1B's bytes {gone[0]} are"]
+    lines += [f"gone, {', '.join(gone[1:-1])}, {gone[-1]}."]
+    return "\n".join(lines) + "\n"
 
 
 def generate() -> str:

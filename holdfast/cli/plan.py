@@ -6,14 +6,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from holdfast import cli
+from holdfast.cli.place import place
+from holdfast.cli.shortest_time import shortest_time
+from holdfast.cli.sweep import sweep
+from holdfast.cli.wall import wall
 from holdfast.errors import DoesNotFit
 
 if TYPE_CHECKING:
+    from holdfast.plan.file import PlanFile
     from holdfast.training.recipes import Table
 
 app = typer.Typer(
     help="Plans and recipes: what each would hold.", no_args_is_help=True, rich_markup_mode=None
 )
+
+for name, verb in (
+    ("wall", wall),
+    ("place", place),
+    ("sweep", sweep),
+    ("shortest-time", shortest_time),
+):
+    app.command(name)(verb)
 
 # Categories with a column of their own; all others are summed under "other".
 _COLUMNS = ("parameters", "gradients", "optimizer", "activations", "temporary")
@@ -106,16 +119,36 @@ def _show(table: "Table") -> None:
 @app.command("show")
 def show(
     plan: Annotated[Path, typer.Argument(help="A plan file, as `holdfast fit` writes it.")],
+    timeline: Annotated[
+        Path | None, typer.Option(help="Draw the step over time: a .png or .svg file.")
+    ] = None,
+    chrome: Annotated[
+        Path | None, typer.Option(help="Write it for chrome://tracing and Perfetto.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Print a plan: what it is for, its methods, its blocks and its predicted bytes.
 
-    Example: holdfast plan show plan.yaml
+    Example: holdfast plan show plan.yaml --timeline step.svg --chrome step.json
     """
     with cli.stdout_is_json(json):
         from holdfast.plan.plan import Plan
+        from holdfast.units import format_bytes
 
         found = Plan.load(plan)
+        if timeline is not None or chrome is not None:
+            from holdfast.plan import draw
+            from holdfast.plan.timeline import trace_of
+
+            trace = trace_of(found)
+            if timeline is not None:
+                draw.timeline(
+                    trace,
+                    timeline,
+                    title=f"{found.spec.model}: one step, predicted, without temporary bytes",
+                )
+            if chrome is not None:
+                draw.write_chrome(trace, chrome)
     spec = found.spec
     if json:
         cli.print_json(spec.model_dump(mode="json"))
@@ -134,6 +167,7 @@ def show(
         ("saved", ", ".join(map(_named, methods.saved)) or "-"),
         ("loss", f"chunks of {methods.loss_chunk} tokens" if methods.loss_chunk else "the model's"),
         *methods.blocks.items(),
+        ("ranks", _shared(spec)),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -141,8 +175,25 @@ def show(
     if not spec.predicted.get("ledger"):
         print("no prediction is in this plan; `holdfast fit` writes one")
         return
-    print(f"predicted on the device, {found.step_seconds:.3g} s per step:")
-    print(found.table())
+    if spec.parallel is None:
+        print(f"predicted on the device, {found.step_seconds:.3g} s per step:")
+        print(found.table())
+        return
+    print(f"predicted on each rank's device, {found.step_seconds:.3g} s per step:")
+    for rank in range(spec.parallel.ranks):
+        print(f"rank {rank}  {format_bytes(found.predicted.peak('device', rank=rank))}")
+
+
+def _shared(spec: "PlanFile") -> str:
+    parallel = spec.parallel
+    if parallel is None:
+        return "-"
+    if parallel.pipeline == 1:
+        return f"{parallel.data} replicas, ZeRO {parallel.zero}"
+    return (
+        f"{parallel.data} x pipeline of {parallel.pipeline}, {parallel.chunks} chunks on each, "
+        f"{parallel.order}, {parallel.offload} offloaded"
+    )
 
 
 def _named(choice: dict | None) -> str:

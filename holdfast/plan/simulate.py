@@ -109,18 +109,33 @@ class Trace:
         return ledger
 
     def to_chrome(self) -> dict[str, Any]:
-        """The JSON document that chrome://tracing and Perfetto open; times in microseconds."""
-        events: list[dict[str, Any]] = []
+        """The JSON document that chrome://tracing and Perfetto open; times in microseconds.
+
+        Each rank is a process and each of its streams a thread, named by metadata events. Both
+        are numbered from 1, because viewers take 0 for the idle process.
+        """
+        lanes = {stream: lane_of(stream) for stream in self.streams}
+        ranks = {change.rank for _, _, change in self.changes}
+        ranks |= {rank for rank, _ in lanes.values() if rank is not None}
+        pids: dict[int | None, int] = {rank: rank + 1 for rank in sorted(ranks)}
+        named = {pid: f"rank {rank}" for rank, pid in pids.items()}
+        if any(rank is None for rank, _ in lanes.values()):
+            pids[None] = max(pids.values(), default=0) + 1
+            named[pids[None]] = "all ranks"
+        events = [event for pid, name in named.items() for event in _called(pid, None, name)]
+        at = {}
+        for tid, (stream, (rank, label)) in enumerate(lanes.items(), start=1):
+            at[stream] = {"pid": pids[rank], "tid": tid}
+            events += _called(pids[rank], tid, label)
         for span in self.spans:
-            pid, tid = _lane(span.stream)
             duration = (span.end - span.start) / 1e3
-            begun = {"ph": "X", "name": _text(span.name), "pid": pid, "tid": tid}
+            begun = {"ph": "X", "name": _text(span.name), **at[span.stream]}
             events.append(begun | {"ts": span.start / 1e3, "dur": duration})
         held: dict[tuple[int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
         for time, _, change in self.changes:
             cells = held[change.rank, change.place]
             cells[change.category] += change.nbytes
-            counter = {"ph": "C", "name": f"{change.place} bytes", "pid": f"rank {change.rank}"}
+            counter = {"ph": "C", "name": f"{change.place} bytes", "pid": pids[change.rank]}
             events.append(counter | {"ts": time / 1e3, "args": dict(cells)})
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -218,10 +233,23 @@ def _circle(tasks: Sequence[Task], blocks: list[list[int]], missing: list[int]) 
     return f"tasks wait for each other: {' after '.join(names)}; break the circle"
 
 
-def _lane(stream: Hashable) -> tuple[str, str]:
-    if isinstance(stream, tuple) and len(stream) == 2:
-        return f"rank {stream[0]}", str(stream[1])
-    return "all", str(stream)
+def lane_of(stream: Hashable) -> tuple[int | None, str]:
+    """The rank of a stream, None where it has none, and the stream's name within it."""
+    if isinstance(stream, tuple) and len(stream) == 2 and isinstance(stream[0], int):
+        return stream[0], str(stream[1])
+    return None, _text(stream)
+
+
+def _called(pid: int, tid: int | None, name: str) -> list[dict[str, Any]]:
+    """Metadata of a process, or of a thread in it: its name, and its place in the order."""
+    what, lane = "process", {"ph": "M", "pid": pid}
+    if tid is not None:
+        what, lane = "thread", lane | {"tid": tid}
+    place = {"sort_index": pid if tid is None else tid}
+    return [
+        lane | {"name": f"{what}_name", "args": {"name": name}},
+        lane | {"name": f"{what}_sort_index", "args": place},
+    ]
 
 
 def _text(name: Hashable) -> str:

@@ -135,3 +135,39 @@ def test_rules_name_what_excludes_what_and_why(capsys):
     assert all("int4" in line for line in lines[:-1]) and "exclude each other" in lines[-1]
     assert run_cli("plan", "rules", "int5") == 2
     assert "int4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_show_draws_a_step(tmp_path, capsys, ranks):
+    from holdfast.plan.file import Parallel
+
+    pytest.importorskip("matplotlib")
+    cells = [
+        {"rank": rank, "place": "device", "category": category, "phase": phase, "bytes": 1000}
+        for rank in range(ranks)
+        for category in ("parameters", "activations", "gradients")
+        for phase in ("forward", "backward")
+    ]
+    costs = [(10**6, 10**6, 10**6, 500, 10**5, 10**5, 500)] * 4
+    pipeline = Parallel(pipeline=2, chunks=2, order="uniform", offload=1, costs=costs)
+    spec = PlanFile(
+        model="mine",
+        batch=4,
+        sequence=8,
+        budget={"device": 2**20},
+        parallel=pipeline if ranks == 2 else None,
+        predicted={"ledger": cells, "step_seconds": 0.25},
+    )
+    write(spec, tmp_path / "plan.yaml")
+    drawn, chrome = tmp_path / "step.svg", tmp_path / "step.json"
+    arguments = ["--timeline", str(drawn), "--chrome", str(chrome)]
+    assert run_cli("plan", "show", str(tmp_path / "plan.yaml"), *arguments) == 0
+    out = capsys.readouterr().out
+    assert ("pipeline of 2" in out) == (ranks == 2)
+    assert "one step, predicted" in drawn.read_text()
+    events = json.loads(chrome.read_text())["traceEvents"]
+    names = {e["name"] for e in events if e["ph"] == "X"}
+    assert any(name.startswith("0 F" if ranks == 2 else "F") for name in names), names
+    write(spec.model_copy(update={"predicted": {}}), tmp_path / "bare.yaml")
+    assert run_cli("plan", "show", str(tmp_path / "bare.yaml"), *arguments) == 2
+    assert "no prediction to draw" in capsys.readouterr().err

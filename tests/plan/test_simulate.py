@@ -69,17 +69,22 @@ def test_end_is_the_longest_path_on_random_graphs():
         assert shuffled.end == max(ends)
 
 
-def test_chrome_trace_has_a_lane_per_stream_and_bytes_per_rank():
-    events = simulate(_pair()).to_chrome()["traceEvents"]
+def test_chrome_trace_has_a_thread_per_stream_and_bytes_per_rank():
+    events = simulate([*_pair(), Task("meet", ("pair", 0), 1)]).to_chrome()["traceEvents"]
     work = next(e for e in events if e["name"] == "work")
-    assert (work["pid"], work["tid"], work["ts"], work["dur"]) == (
-        "rank 0",
-        "compute",
-        0.005,
-        0.007,
-    )
-    counters = [e["args"] for e in events if e["ph"] == "C"]
-    assert counters == [{"activations": 10}, {"activations": 0}]
+    assert (work["ph"], work["ts"], work["dur"]) == ("X", 0.005, 0.007)
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert processes == {1: "rank 0", 2: "all ranks"}
+    threads = {
+        e["tid"]: (e["pid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"
+    }
+    assert threads == {1: (1, "h2d"), 2: (1, "compute"), 3: (1, "d2h"), 4: (2, "pair 0")}
+    assert threads[work["tid"]] == (work["pid"], "compute")
+    counters = [(e["pid"], e["name"], e["args"]) for e in events if e["ph"] == "C"]
+    assert counters == [
+        (1, "device bytes", {"activations": 10}),
+        (1, "device bytes", {"activations": 0}),
+    ]
 
 
 @pytest.mark.parametrize(
