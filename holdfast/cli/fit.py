@@ -1,12 +1,18 @@
 """`holdfast fit`: what fits in a budget, before anything is allocated."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from holdfast import cli
 from holdfast.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from holdfast.plan.devices import Shared
+    from holdfast.plan.file import Training
+    from holdfast.plan.skeletons import Request
 
 
 def fit(
@@ -39,6 +45,7 @@ def fit(
         str | None,
         typer.Option(help="Device bytes kept free [default: 1GiB on CUDA, some KiB on a CPU]."),
     ] = None,
+    devices: Annotated[int, typer.Option(help="Devices, each with this budget.")] = 1,
     clip: Annotated[float | None, typer.Option(help="Clip the global gradient norm.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Recorded in the plan.")] = 1e-3,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.yaml"),
@@ -48,6 +55,8 @@ def fit(
     """Find what fits a memory budget, exactly, in advance.
 
     Example: holdfast fit llama-3.1-8b --budget 24GiB --sequence 4096
+
+    Example: holdfast fit llama-3.2-1b --devices 4 --budget 16GiB --batch 32 --task pretrain
     """
     from holdfast.budget import Budget
     from holdfast.plan import fit as planner
@@ -75,6 +84,17 @@ def fit(
             reserve=None if reserve is None else parse_bytes(reserve),
             clip=clip,
         )
+        if devices > 1:
+            document, label = _fit_devices(request, devices, settings, out, json)
+    if devices > 1:
+        if not json:
+            report.show_devices(document, label, out)
+            return
+        cli.print_json(document)
+        if not document["fits"]:
+            raise typer.Exit(DoesNotFit.exit_code)
+        return
+    with cli.stdout_is_json(json):
         fitter = Fitter(request)
         best = fitter.search(request.budget)
         if best is None:
@@ -87,9 +107,32 @@ def fit(
             plan.save(out)
             front = planner.pareto(fitter, best)
             document = report.document(fitter, best, plan, front)
-    if not json:
+    if best is not None and not json:
         report.show(fitter, best, plan, front, out, explain=explain)
         return
     cli.print_json(document)
     if best is None:
         raise typer.Exit(DoesNotFit.exit_code)
+
+
+def _fit_devices(
+    request: "Request", devices: int, settings: "Training", out: Path, json: bool
+) -> tuple[dict, str]:
+    """Write the plan; its document and name."""
+    from holdfast.plan import devices as planner
+    from holdfast.units import format_bytes
+
+    fitter = planner.DeviceFitter(request, devices, settings)
+
+    def tell(tried: "Shared") -> None:
+        print(f"{tried.label()}: {format_bytes(tried.peak)} on a device", file=sys.stderr)
+
+    best = fitter.search(tell)
+    if best is None:
+        error = planner.does_not_fit(fitter)
+        if not json:
+            raise error
+        return error.details, ""
+    plan = planner.to_plan(fitter, best)
+    plan.save(out)
+    return planner.document(best, plan, fitter), best.label()

@@ -1,12 +1,13 @@
-"""The one place that knows torch's private pipelining classes (torch 2.13).
+"""The one place that knows torch's private distributed classes (torch 2.13).
 
 `Stage` is torch's PipelineStage whose saved tensors, receive buffers and sent outputs live exactly
 as long as needed, at moments that the order of actions decides and no timing can change. `Runtime`
 is torch's schedule runtime with hooks around each action.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     SEND_B,
     SEND_F,
+    InferenceMode,
     _Action,
     _batch_p2p,
     _ComputationType,
@@ -24,6 +26,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.distributed.pipelining.stage import _RecvInfo
 
+from holdfast.errors import HoldfastError
 from holdfast.parallel.schedule import Action, Schedule
 from holdfast.places import ActivationStore
 
@@ -82,8 +85,20 @@ class Stage(PipelineStage):
 
     keeper: Keeper
 
-    def __init__(self, module: nn.Module, index: int, stages: int, device: torch.device, group):
-        super().__init__(module, index, stages, device, group=group)
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        stages: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        like: tuple[Tensor, Tensor] | None = None,
+    ):
+        given: dict[str, Any] = {}
+        if like is not None:
+            # With all shapes known, stages have nothing to tell each other before they begin.
+            given = {"input_args": like[0] if index == 0 else like[1], "output_args": like[1]}
+        super().__init__(module, index, stages, device, group=group, **given)
         self._leaves: tuple[Tensor, ...] = ()
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
@@ -183,6 +198,31 @@ def _give_buffers(infos: tuple[_RecvInfo, ...], device: torch.device) -> None:
             )
 
 
+@contextlib.contextmanager
+def rehearsal(rank: int, ranks: int) -> Iterator[None]:
+    """Be rank `rank` of `ranks` without the others: nothing is sent, what is received is anything.
+
+    Raises:
+        HoldfastError: this process belongs to a process group already.
+    """
+    if dist.is_initialized():
+        raise HoldfastError(
+            "a step of another rank cannot be rehearsed inside a process group; plan first, then "
+            "start the processes"
+        )
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rehearsing() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "fake"
+
+
 class Runtime(_PipelineScheduleRuntime):
     """Run `schedule` on this rank's stages.
 
@@ -219,6 +259,13 @@ class Runtime(_PipelineScheduleRuntime):
         self._comp_type_to_function_map[SEND_B] = lambda action, _: self._send(
             by_index[action.stage_index].get_bwd_send_ops(action.microbatch_index)
         )
+
+    def _warmup_p2p(self, stages, has_backward: bool, p2p_done: bool) -> None:
+        if rehearsing():
+            for stage in stages:
+                stage._inference_mode = InferenceMode.STATIC
+        else:
+            super()._warmup_p2p(stages, has_backward, p2p_done)
 
     def _send(self, operations: list[dist.P2POp]) -> None:
         self._sent.append((self._begun, _batch_p2p(operations), operations))

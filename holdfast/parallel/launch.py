@@ -29,8 +29,13 @@ from holdfast.errors import HoldfastError, UsageError
 # After one rank has failed the others notice by their broken connections; this long they may take.
 GRACE_SECONDS = 5.0
 
-# Imported once, by the fork server; the second and third bring torch's compiler and take seconds.
-PRELOAD = ["holdfast.parallel.launch", "torch.distributed.pipelining", "torch.distributed.fsdp"]
+# Imported once, by the fork server, because it takes seconds: torch's parts bring its compiler.
+PRELOAD = [
+    "holdfast.parallel.launch",
+    "torch.distributed.pipelining",
+    "torch.distributed.fsdp",
+    "transformers",
+]
 
 
 class RankFailed(HoldfastError):

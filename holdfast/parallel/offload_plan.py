@@ -272,6 +272,11 @@ def _times(
     return late
 
 
+def pipeline_tasks(plan: OffloadPlan, costs: Sequence[StageCost]) -> list[Task]:
+    """The tasks of `timeline`, to be simulated among others."""
+    return list(_tasks(plan, costs))
+
+
 def timeline(plan: OffloadPlan, costs: Sequence[StageCost]) -> Trace:
     """Simulate a step: streams (rank, "compute"), (rank, "copy") and (rank, "net").
 

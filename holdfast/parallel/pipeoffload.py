@@ -149,7 +149,9 @@ class PipeOffload:
         arena: Arena | None,
         choose: Callable[[Sequence[StageCost]], OffloadPlan],
         costs: Sequence[StageCost] | None,
+        like: Tensor | None,
     ):
+        self.like = like
         self.chunks, self.micros, self.loss_fn = list(chunks), microbatches, loss_fn
         self.group, self.arena, self._choose = group, arena, choose
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
@@ -198,12 +200,14 @@ class PipeOffload:
             pinned = torch.cuda.is_available()
             self.arena = HostArena(self.predicted.peak(self.rank, "host") * (2 if pinned else 1))
         self._keeper = _Keeper(self.plan, self.rank, self.arena, _pair_group(self.plan, self.group))
-        self._runtime = self._make(self.plan.schedule, self.micros, self._keeper)
+        size = x.shape[0] // self.micros
+        self._runtime = self._make(self.plan.schedule, self.micros, self._keeper, x[:size])
 
-    def _make(self, schedule: Schedule, micros: int, keeper: "_Keeper") -> Runtime:
+    def _make(self, schedule: Schedule, micros: int, keeper: "_Keeper", micro: Tensor) -> Runtime:
         count = len(self.chunks) * self.ranks
+        like = None if self.like is None else (micro, self.like)
         stages = [
-            Stage(chunk, c * self.ranks + self.rank, count, _device(chunk), self.group)
+            Stage(chunk, c * self.ranks + self.rank, count, _device(chunk), self.group, like)
             for c, chunk in enumerate(self.chunks)
         ]
         runtime = Runtime(stages, schedule, micros, keeper, self.loss_fn, keeper.pair is None)
@@ -218,7 +222,7 @@ class PipeOffload:
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
         before = [p.grad for p in parameters]
         generators = _generators(x.device)
-        runtime = self._make(order, 1, keeper)
+        runtime = self._make(order, 1, keeper, x[:size])
         times: list[dict[Action, int]] = []
         for _ in range(ROUNDS + 1):
             for parameter in parameters:
@@ -243,6 +247,17 @@ class PipeOffload:
         dist.all_gather_object(gathered, mine, group=self.group)
         everywhere = {stage: cost for part in gathered for stage, cost in part.items()}
         return tuple(everywhere[stage] for stage in sorted(everywhere))
+
+    @property
+    def sizes(self) -> dict[int, tuple[int, int]]:
+        """Of this rank's parts in the last step: bytes saved by a forward, and left after I."""
+        keeper = self._keeper
+        return {stage: (saved, keeper.left.get(stage, 0)) for stage, saved in keeper.sizes.items()}
+
+    @property
+    def action_times(self) -> dict[Action, int]:
+        """Nanoseconds of each of this rank's actions in the last step."""
+        return dict(self._keeper.times)
 
     def report(self) -> str:
         """Predicted and measured peaks of this rank's last step, as text.
@@ -283,6 +298,7 @@ def pipeoffload(
     budget: int | None = None,
     costs: Sequence[StageCost] | None = None,
     arena: Arena | None = None,
+    like: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> PipeOffload:
     """Train a model that is spread over the ranks of a process group, chunk by chunk.
@@ -299,6 +315,7 @@ def pipeoffload(
         pair: ranks 2p and 2p + 1 share a bus: their copies alternate in direction.
         costs: of all stages; None profiles them in the first step.
         arena: where activations go; by default host memory of exactly the simulated peak.
+        like: a tensor, perhaps without data, as parts pass them on; saves telling each other.
 
     Raises:
         UsageError: fewer than 2 ranks, no chunk, or sizes that the schedule cannot have.
@@ -338,6 +355,7 @@ def pipeoffload(
         arena=arena,
         choose=choose,
         costs=costs,
+        like=like,
     )
 
 

@@ -12,6 +12,12 @@ methods                       what is kept, in what form, where and for how long
   saved                       list of {key: {knob: value}}
   loss_chunk                  tokens whose logits exist at once; 0 for the model's own loss
   blocks                      path of a block list -> runs such as "recompute*3 keep*5"
+parallel                      how several ranks share the work; null for one device
+  data, zero                  replicas of the model, and the ZeRO stage that spreads their states
+  pipeline, chunks            ranks that a replica is spread over, parts of the model on each
+  order, offload              pipeline schedule, chunks per rank whose activations wait on the host
+  costs                       per part: nanoseconds of F, I, W; bytes saved; nanoseconds to copy
+                              them off and back; bytes left for W
 training                      learning_rate, schedule, warmup, weight_decay, clip, seed
 hardware                      what time is predicted for
 predicted                     peak_bytes, step_seconds and the ledger
@@ -87,6 +93,38 @@ class Methods(_Strict):
         return self
 
 
+class Parallel(_Strict):
+    data: Annotated[int, Field(ge=1)] = 1
+    zero: Annotated[int, Field(ge=0, le=3)] = 0
+    pipeline: Annotated[int, Field(ge=1)] = 1
+    chunks: Annotated[int, Field(ge=1)] = 1
+    order: Literal["1f1b", "bfs", "gis", "uniform", "zero-bubble"] = "1f1b"
+    offload: Annotated[int, Field(ge=0)] = 0
+    costs: list[tuple[int, int, int, int, int, int, int]] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _checked(self):
+        if self.ranks < 2:
+            raise ValueError("one rank is not parallel; set data or pipeline to 2 or more")
+        if self.pipeline > 1 and self.zero:
+            raise ValueError(
+                f"zero {self.zero} with pipeline {self.pipeline}: a pipeline's replicas are whole; "
+                "set zero: 0, or pipeline: 1"
+            )
+        if self.pipeline == 1 and (self.chunks > 1 or self.offload):
+            raise ValueError("chunks and offload belong to a pipeline; set pipeline to 2 or more")
+        if self.pipeline > 1 and len(self.costs) != self.pipeline * self.chunks:
+            raise ValueError(
+                f"costs has {len(self.costs)} entries for {self.pipeline * self.chunks} parts "
+                "(pipeline * chunks); let `holdfast fit --devices` write them"
+            )
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.pipeline
+
+
 class Training(_Strict):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -117,14 +155,20 @@ class PlanFile(_Strict):
     sequence: Annotated[int, Field(ge=1)]
     budget: dict[Literal["device", "host", "disk"], _Size]
     methods: Methods = Field(default_factory=Methods)
+    parallel: Parallel | None = None
     training: Training = Field(default_factory=Training)
     hardware: str = "cpu-2core"
     predicted: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _checked(self):
-        if self.batch % self.micro_batch:
-            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        if self.batch % (self.micro_batch * self.replicas):
+            shared = f" on each of {self.replicas} replicas" if self.replicas > 1 else ""
+            raise ValueError(
+                f"micro_batch {self.micro_batch}{shared} does not divide batch {self.batch}"
+            )
+        if self.parallel is not None and self.methods.gradients == "backward":
+            raise ValueError("gradients: backward is for one device; set gradients: step")
         if not self.budget.get("device", 0):
             raise ValueError("budget leaves no device bytes; write for example device: 24GiB")
         if self.methods.gradients == "backward":
@@ -141,8 +185,13 @@ class PlanFile(_Strict):
         return self
 
     @property
+    def replicas(self) -> int:
+        return 1 if self.parallel is None else self.parallel.data
+
+    @property
     def accumulation(self) -> int:
-        return self.batch // self.micro_batch
+        """Micro-batches of one replica in one optimizer step."""
+        return self.batch // (self.micro_batch * self.replicas)
 
 
 def read(path: str | os.PathLike[str]) -> PlanFile:

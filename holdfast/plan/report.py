@@ -148,3 +148,33 @@ def _explain(console: Console, fitter: Fitter, best: Candidate) -> None:
             f"{best.seconds - other.seconds:+.3g} s per step",
         )
     console.print(table)
+
+
+def show_devices(document: dict[str, Any], label: str, out: Path) -> None:
+    """Print a plan for several devices: every rank's bytes, and what else was tried."""
+    console = Console()
+    console.print(
+        f"fits: {label}; {document['step_seconds']:.3g} s per step on {document['hardware']} "
+        "(predicted)"
+    )
+    table = Table("rank", "device peak", "host", "most of it", title="Predicted bytes of each rank")
+    for rank in document["predicted"]["ranks"]:
+        cells = rank["by_category"]
+        most = max(cells, key=lambda c: cells[c])
+        table.add_row(
+            str(rank["rank"]),
+            format_bytes(rank["peak_bytes"]),
+            format_bytes(rank["host_bytes"]),
+            f"{most}, {format_bytes(cells[most])}",
+        )
+    console.print(table)
+    tried = Table("way", "peak", "s / step", title="Tried, fastest first")
+    for way in document["alternatives"]:
+        peak = "not possible" if way["peak_bytes"] is None else format_bytes(way["peak_bytes"])
+        tried.add_row(way["label"], peak, f"{way['step_seconds']:.3g}")
+    console.print(tried)
+    count = len(document["predicted"]["ranks"])
+    console.print(
+        f"plan in {out}; run it with: torchrun --nproc-per-node {count} -m holdfast train {out} "
+        "--data DIR, or on this machine with --local"
+    )

@@ -34,7 +34,8 @@ def _kept_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, buffer in model.named_buffers():
         if name in persistent and not is_traceable_wrapper_subclass(buffer):
             found[name] = buffer
-    return found
+    # Of what is split over ranks (DTensor), this rank's part, which shares its memory.
+    return {n: t.detach().to_local() if hasattr(t, "to_local") else t for n, t in found.items()}
 
 
 def _counters(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -58,28 +59,52 @@ def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[
 
 
 def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict
+    root: Path,
+    step: int,
+    model: nn.Module | dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    extra: dict,
+    *,
+    keep_older: bool = False,
 ) -> Path:
-    """Write `root/step-...` and remove older checkpoints once it is in place."""
+    """Write `root/step-...` and remove older checkpoints once it is in place.
+
+    Args:
+        model: or the tensors to keep, where they are not one model's.
+        keep_older: leave older checkpoints, until `remove_older`.
+    """
     target = root / f"step-{step:09d}"
     if target.exists():
         return target
-    tensors = {f"model.{n}": t for n, t in _kept_tensors(model).items()}
+    kept = model if isinstance(model, dict) else _kept_tensors(model)
+    tensors = {f"model.{n}": t for n, t in kept.items()}
     state_tensors, rest = _flatten(optimizer)
     tensors |= state_tensors
     tensors["rng.cpu"] = torch.get_rng_state()
     for index in range(torch.cuda.device_count()):
         tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
     # Sorted, because a state that was loaded lies in another order than one that grew.
-    content = {"step": step, "optimizer": rest, "counters": _counters(model), **extra}
+    counters = {} if isinstance(model, dict) else _counters(model)
+    content = {"step": step, "optimizer": rest, "counters": counters, **extra}
     document = json.dumps(content, sort_keys=True)
     with whole_directory(target) as partial:
         write_tensors(partial / "state.safetensors", dict(sorted(tensors.items())))
         write_text(partial / "state.json", document)
-    for older in _all(root):
-        if older != target:
-            shutil.rmtree(older)
+    if not keep_older:
+        remove_older(root, step)
     return target
+
+
+def remove_older(root: Path, step: int) -> None:
+    """Remove every checkpoint of another step."""
+    for older in _all(root):
+        if older.name != f"step-{step:09d}":
+            shutil.rmtree(older)
+
+
+def steps(root: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return [int(path.name.removeprefix("step-")) for path in _all(root)]
 
 
 def _all(root: Path) -> list[Path]:
@@ -94,14 +119,16 @@ def latest(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+def load(
+    path: Path, model: nn.Module | dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict:
     """Restore everything in place; returns the JSON part.
 
     Raises:
         HoldfastError: the checkpoint does not match the model.
     """
     document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    kept = _kept_tensors(model)
+    kept = model if isinstance(model, dict) else _kept_tensors(model)
     states: dict[int, dict[str, Any]] = {}
     with safe_open(str(path / "state.safetensors"), framework="pt") as file, torch.no_grad():
         names = set(file.keys())
@@ -123,6 +150,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         current = optimizer.state_dict()
         optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
         for name, numbers in document.get("counters", {}).items():
+            assert isinstance(model, nn.Module)
             for key, value in numbers.items():
                 setattr(model.get_submodule(name), key, value)
         torch.set_rng_state(file.get_tensor("rng.cpu"))

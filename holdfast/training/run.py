@@ -216,14 +216,7 @@ class Run:
 
     def _train(self, data: Dataset) -> None:
         spec = self.plan.spec
-        model = load_model(self.plan, self.source, self.device)
-        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-        vocabulary = None if embeddings is None else embeddings.weight.shape[0]
-        if vocabulary is not None and len(self.tokenizer) > vocabulary:
-            raise UsageError(
-                f"the tokenizer has {len(self.tokenizer)} tokens, the model {vocabulary} "
-                "embeddings; choose the model's own tokenizer"
-            )
+        model = self._loaded()
         torch.manual_seed(spec.training.seed)
         self.model, self.optimizer = self.plan.apply(model)
         # Also when resuming: it is deterministic, and checkpoints hold only what trains.
@@ -258,6 +251,18 @@ class Run:
                 if self.on_step is not None:
                     self.on_step({**entry, "steps": self.steps})
         self._export()
+
+    def _loaded(self) -> nn.Module:
+        """The plan's model, which has an embedding for each of the tokenizer's tokens."""
+        model = load_model(self.plan, self.source, self.device)
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        vocabulary = None if embeddings is None else embeddings.weight.shape[0]
+        if vocabulary is not None and len(self.tokenizer) > vocabulary:
+            raise UsageError(
+                f"the tokenizer has {len(self.tokenizer)} tokens, the model {vocabulary} "
+                "embeddings; choose the model's own tokenizer"
+            )
+        return model
 
     def _resume(self) -> None:
         path = checkpoint.latest(self.out / "checkpoints")

@@ -93,6 +93,30 @@ def bytes_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def ranks(result: dict[str, Any], out: Path) -> None:
+    """Predicted and measured bytes of every rank by category, loss and time."""
+    console = Console()
+    table = Table("rank", "category", "predicted", "measured", "difference", title="Device bytes")
+    for rank in result["ranks"]:
+        predicted, measured = rank["predicted"], rank["measured"]
+        for category in CATEGORIES:
+            one = predicted["by_category"].get(category, 0)
+            two = measured["by_category"].get(category, 0)
+            if one or two:
+                cells = (format_bytes(one), format_bytes(two), format_bytes(two - one))
+                table.add_row(str(rank["rank"]), category, *cells)
+        one, two = predicted["peak_bytes"], measured["peak_bytes"]
+        cells = (format_bytes(one), format_bytes(two), format_bytes(two - one))
+        table.add_row(str(rank["rank"]), "total", *cells, style="bold", end_section=True)
+    console.print(table)
+    console.print(
+        f"budget {format_bytes(result['budget_bytes'])} on each: "
+        + ("kept" if result["within_budget"] else "EXCEEDED")
+    )
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in result["loss"].items())
+    console.print(f"loss: {losses}; {result['steps']} steps, {result['seconds']:.1f} s; in {out}")
+
+
 def excess(result: dict[str, Any], plan: Plan) -> str:
     measured = result["measured"]
     whole = measured["allocator_peak_bytes"]
