@@ -125,7 +125,8 @@ def causal_loss(model: nn.Module, batch: dict[str, Any], chunk: int) -> Tensor:
     labels = batch["labels"]
     targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
     return chunked_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
+        # Some backbones end in fp32 below a head in half precision.
+        hidden.reshape(-1, hidden.shape[-1]).to(head.weight.dtype),
         head.weight,
         targets,
         chunk=chunk,

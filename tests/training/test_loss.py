@@ -211,3 +211,20 @@ def test_models_that_cannot_be_chunked_say_why(model, reason):
     with pytest.raises(AssertionError, match=reason):
         why = can_chunk(model())
         assert why is None, why
+
+
+def test_a_head_in_half_precision_below_a_backbone_that_ends_in_fp32():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(
+        hidden_size=32, num_heads=2, head_dim=32, n_groups=2, state_size=8, chunk_size=16,
+        num_hidden_layers=2, vocab_size=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(config).to(torch.bfloat16)
+    ids = torch.randint(128, (1, 12))
+    plain = model(input_ids=ids, labels=ids).loss
+    chunk_loss_(model, 4)
+    chunked = model(input_ids=ids, labels=ids).loss
+    chunked.backward()
+    torch.testing.assert_close(chunked, plain, rtol=2e-2, atol=0, check_dtype=False)
