@@ -34,7 +34,7 @@ from holdfast.places import ActivationStore
 SEND_WINDOW = 2
 
 
-class Keeper(Protocol):
+class Listener(Protocol):
     """What keeps the saved tensors of a rank's actions; called in the order of the schedule."""
 
     def before(self, action: Action) -> None:
@@ -83,7 +83,7 @@ class Stage(PipelineStage):
     that consumes them. An output's bytes go once they are sent, an input's once they are saved.
     """
 
-    keeper: Keeper
+    keeper: Listener
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class Runtime(_PipelineScheduleRuntime):
         stages: list[Stage],
         schedule: Schedule,
         micros: int,
-        keeper: Keeper,
+        keeper: Listener,
         loss_fn: Callable[..., Tensor],
         patient: bool = True,
     ):

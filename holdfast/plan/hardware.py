@@ -201,11 +201,19 @@ def load_hardware(name_or_path: str | os.PathLike[str]) -> Hardware:
         raise UsageError(
             f"{error}; or give a file: `holdfast hw probe --out FILE` measures this machine"
         )
+    return parse_hardware(read_fields(path), str(path))
+
+
+def read_fields(path: Path) -> Any:
+    """What a hardware file holds, not yet validated.
+
+    Raises:
+        UsageError: it is not YAML.
+    """
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"hardware file {path} is not YAML: {error}") from error
-    return parse_hardware(fields, str(path))
 
 
 def parse_hardware(fields: Any, origin: str) -> Hardware:
@@ -219,17 +227,22 @@ def parse_hardware(fields: Any, origin: str) -> Hardware:
     try:
         return _ADAPTER.validate_python(dict(fields))
     except ValidationError as error:
-        raise UsageError(f"hardware file {origin}: {_explain(error)}") from error
+        hint = "add it, `holdfast hw probe --out FILE` shows every field"
+        raise UsageError(f"hardware file {origin}: {explain(error, hint)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, hint: str) -> str:
+    """The first thing that is wrong with a file; `hint` is what to do about a missing field."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("missing", "missing_argument"):
-        return f"{where} is missing; add it, `holdfast hw probe --out FILE` shows every field"
+        return f"{where} is missing; {hint}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}={first['input']!r} is not a known field; remove it or check its spelling"
-    return f"{where}={first['input']!r} is wrong: {first['msg'].removeprefix('Value error, ')}"
+    if first["type"] in ("dataclass_type", "dataclass_exact_type"):
+        return f"{where}={first['input']!r} is wrong; {hint}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}={first['input']!r} is wrong: {reason}" if where else reason
 
 
 def hardware_fields(hardware: Hardware) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -39,6 +38,7 @@ from holdfast.plan.hardware import Hardware, load_hardware
 from holdfast.plan.roofline import Level, Machine, Network
 from holdfast.units import parse_bytes
 
+SOURCED = "every number is {value: ..., source: ...}"
 PRESETS = Path(__file__).with_name("layered_presets")
 ROOM = 300.0
 
@@ -296,7 +296,8 @@ def scaled(layered: Layered, path: str, factor: float) -> Layered:
     try:
         return _scaled(layered, path.split("."), factor, path)
     except ValidationError as error:
-        raise UsageError(f"{layered.name}, {path} times {factor:g}: {_explain(error)}") from error
+        reason = hardware.explain(error, SOURCED)
+        raise UsageError(f"{layered.name}, {path} times {factor:g}: {reason}") from error
 
 
 def _scaled(node: Any, parts: list[str], factor: float, path: str) -> Any:
@@ -343,10 +344,7 @@ def load(name_or_path: str | os.PathLike[str]) -> Layered | Hardware:
         return load_hardware(name)
     elif not path.is_file():
         raise unknown("hardware", name, [*presets(), *hardware.presets()])
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"hardware file {path} is not YAML: {error}") from error
+    found = hardware.read_fields(path)
     if isinstance(found, Mapping) and "devices" in found:
         return load_hardware(path)
     return parse(found, str(path))
@@ -363,20 +361,8 @@ def parse(given: Any, origin: str) -> Layered:
     try:
         return _ADAPTER.validate_python(dict(given))
     except ValidationError as error:
-        raise UsageError(f"hardware file {origin}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{where} is missing; every number is {{value: ..., source: ...}}"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{where}={first['input']!r} is not a known field; remove it or check its spelling"
-    if first["type"] in ("dataclass_type", "dataclass_exact_type"):
-        return f"{where}={first['input']!r} is wrong; write {{value: ..., source: ...}}"
-    reason = first["msg"].removeprefix("Value error, ")
-    return f"{where}={first['input']!r} is wrong: {reason}" if where else reason
+        reason = hardware.explain(error, SOURCED)
+        raise UsageError(f"hardware file {origin}: {reason}") from error
 
 
 def as_machine(

@@ -396,6 +396,12 @@ class Run:
             },
             "budget_bytes": budget.device,
             "within_budget": max(peaks) <= budget.device,
+            **self._outcome(data),
+        }
+
+    def _outcome(self, data: Dataset) -> dict[str, Any]:
+        """What a report says apart from bytes."""
+        return {
             "loss": self.losses,
             "steps": self.steps,
             "seconds": time.perf_counter() - self.started,

@@ -9,10 +9,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -309,13 +307,7 @@ class RankRun(Run):
             "ranks": ranks,
             "budget_bytes": budget.device,
             "within_budget": worst["measured"]["peak_bytes"] <= budget.device,
-            "loss": self.losses,
-            "steps": self.steps,
-            "seconds": time.perf_counter() - self.started,
-            "seconds_per_step": median(self.step_seconds) if self.step_seconds else None,
-            "tokens": self.steps * self.plan.spec.batch * self.plan.spec.sequence,
-            "data": asdict(data.report),
-            "device": str(self.device),
+            **self._outcome(data),
         }
 
 

@@ -303,7 +303,7 @@ def test_what_cannot_be_compared_is_refused():
         ("levels.0.latency", None, "levels.0.latency is missing; every number is"),
         ("levels.0.bandwidth.source", None, "levels.0.bandwidth.source is missing"),
         ("levels.0.bandwidth.source", "", "levels.0.bandwidth.source='' is wrong"),
-        ("device.clock", 30e9, "device.clock=30000000000.0 is wrong; write {value: "),
+        ("device.clock", 30e9, "device.clock=30000000000.0 is wrong; every number is {value: "),
         ("device.clock.value", -1, "device.clock.value=-1 is wrong: .*greater than 0"),
         ("device.speed", 1, "device.speed=1 is not a known field"),
         ("levels.1.stage", "4.2k", "unknown stage '4.2k'; nearest known: 4k"),
