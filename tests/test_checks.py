@@ -160,8 +160,8 @@ def test_usage(capsys):
 
 
 def test_planned_system_has_no_check_yet():
-    with pytest.raises(UsageError, match="PipeOffload has no check yet: it is planned"):
-        checks.load("pipeoffload")
+    with pytest.raises(UsageError, match="PIFuHD has no check yet: it is planned"):
+        checks.load("pifuhd")
 
 
 def test_every_check_loads_and_claims():
