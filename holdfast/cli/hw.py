@@ -9,7 +9,7 @@ import typer
 from holdfast.cli.hw_compare import compare
 
 app = typer.Typer(
-    help="Hardware files: measure this machine, compare machines that need not exist.",
+    help="Hardware: measure this machine, compare machines.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

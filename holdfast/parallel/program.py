@@ -259,13 +259,17 @@ def split_chain(chain: list[nn.Module], parts: int) -> list[nn.Module]:
             f"{len(layers)} layers cannot be cut in {parts} parts; use fewer pipeline ranks or "
             "fewer chunks"
         )
-    sizes = [len(layers) // parts + (part < len(layers) % parts) for part in range(parts)]
     runs, begin = [], 0
-    for size in sizes:
+    for size in part_layers(len(layers), parts):
         runs.append(layers[begin : begin + size])
         begin += size
     runs[0], runs[-1] = [front, *runs[0]], [*runs[-1], tail]
     return [nn.Sequential(*run) for run in runs]
+
+
+def part_layers(layers: int, parts: int) -> list[int]:
+    """How many layers each part has, the first ones one more where it does not divide."""
+    return [layers // parts + (part < layers % parts) for part in range(parts)]
 
 
 def rehearse(

@@ -104,6 +104,12 @@ def _groups(model: nn.Module, params: Iterable[Any] | None) -> list[dict[str, An
     return groups
 
 
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at one place; fake tensors have places too, but no pointers."""
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    return same and a.storage_offset() == b.storage_offset()
+
+
 class _Bucket(Unit):
     """Parameters that became views of one flat buffer, and the gradients of their shard.
 
@@ -150,7 +156,7 @@ class _Bucket(Unit):
                 view = layout.view(flat, number)
                 if p.grad is None:
                     view.zero_()
-                elif p.grad.data_ptr() != view.data_ptr():
+                elif not _same_memory(p.grad, view):
                     view.copy_(p.grad)
         for p in self.parameters:
             p.grad = None
@@ -282,7 +288,7 @@ class _Buckets(ShardOptimizer):
     def _publish(self, unit: Unit) -> None:
         layout = unit.layout
         assert isinstance(unit, _Bucket)
-        if unit.parameters[0].data_ptr() != unit.flat.data_ptr():
+        if not _same_memory(unit.parameters[0], unit.flat):
             raise UsageError(
                 "the model's parameters were moved or converted after zero(); call zero() last"
             )

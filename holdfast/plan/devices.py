@@ -16,8 +16,8 @@ from holdfast.errors import DoesNotFit, UsageError
 from holdfast.ledger import Ledger
 from holdfast.parallel.offload_plan import StageCost, timeline
 from holdfast.parallel.pipeoffload import choose_offload
-from holdfast.parallel.program import ledger_of, part_sizes
-from holdfast.plan.file import Methods, Parallel, PlanFile, Training
+from holdfast.parallel.program import ledger_of, part_layers, part_sizes
+from holdfast.plan.file import Methods, Parallel, PlanFile, Training, format_runs, parse_runs
 from holdfast.plan.fitter import Fitter
 from holdfast.plan.plan import Plan
 from holdfast.plan.skeletons import Request
@@ -39,7 +39,8 @@ class Shared:
     def label(self) -> str:
         p = self.spec.parallel
         assert p is not None
-        blocks = "recompute" if "recompute" in str(self.spec.methods.blocks) else "keep"
+        options = [o for runs in self.spec.methods.blocks.values() for o in parse_runs(runs)]
+        blocks = f"{options.count('recompute')} of {len(options)} blocks recomputed"
         if p.pipeline == 1:
             how = f"{p.data} replicas, ZeRO {p.zero}"
         else:
@@ -75,6 +76,11 @@ class DeviceFitter:
             raise UsageError(
                 f"{self.fitter.source.name} is a {self.fitter.source.task_head} model; several "
                 "devices train causal language models"
+            )
+        if not self.depth:
+            raise UsageError(
+                f"{self.fitter.source.name} has no single list of blocks to share; plan it for one "
+                "device"
             )
         unusable = [
             name
@@ -125,25 +131,27 @@ class DeviceFitter:
             pipeline = self.devices // data
             if request.batch % data:
                 continue
-            share = request.batch // data
-            for micro, blocks in itertools.product(_divisors(share), ("keep", "recompute")):
+            for micro in _divisors(request.batch // data):
                 if pipeline == 1:
-                    for zero in (1, 2, 3):
-                        yield self._replicated(micro, blocks, Parallel(data=data, zero=zero))
+                    for zero, again in itertools.product((1, 2, 3), sorted({0, depth // 2, depth})):
+                        yield self._replicated(micro, again, Parallel(data=data, zero=zero))
                     continue
                 for chunks in CHUNKS:
                     if pipeline * chunks > depth:
                         continue
-                    yield from self._pipelined(micro, blocks, data, pipeline, chunks)
+                    # Earlier ranks hold more micro-batches, so they are the first to recompute.
+                    for ranks in range(pipeline + 1):
+                        yield from self._pipelined(micro, ranks, data, pipeline, chunks)
 
     @property
     def depth(self) -> int:
         stacks = attach.blocks(self.fitter.skeleton_model)
         return len(stacks[0][1]) if len(stacks) == 1 else 0
 
-    def _spec(self, micro: int, blocks: str, parallel: Parallel) -> PlanFile:
+    def _spec(self, micro: int, again: list[bool], parallel: Parallel) -> PlanFile:
+        """The plan; `again` says of each block whether it is recomputed."""
         request = self.request
-        stacks = {path: len(stack) for path, stack in attach.blocks(self.fitter.skeleton_model)}
+        runs = format_runs(["recompute" if recomputed else "keep" for recomputed in again])
         dtype = "float32" if request.dtype == "auto" else request.dtype
         model = request.model if isinstance(request.model, str) else self.fitter.source.name
         return PlanFile(
@@ -155,41 +163,47 @@ class DeviceFitter:
             budget={p: n for p in ("device", "host") if (n := getattr(request.budget, p))},  # type: ignore[misc]
             methods=Methods(
                 dtype=dtype,  # type: ignore[arg-type]
-                blocks={path: f"{blocks}*{depth}" for path, depth in stacks.items()},
+                blocks={path: runs for path, _ in attach.blocks(self.fitter.skeleton_model)},
             ),
             parallel=parallel,
             training=self.training,
             hardware=request.hardware or self.hardware.name,
         )
 
-    def _replicated(self, micro: int, blocks: str, parallel: Parallel) -> Shared:
-        spec = self._spec(micro, blocks, parallel)
-        compute = spec.accumulation * self._single(micro, blocks)[0]
+    def _replicated(self, micro: int, again: int, parallel: Parallel) -> Shared:
+        spec = self._spec(micro, [i < again for i in range(self.depth)], parallel)
+        share = again / self.depth
+        kept, recomputed = self._single(micro, "keep"), self._single(micro, "recompute")
+        compute = spec.accumulation * (kept[0] + share * (recomputed[0] - kept[0]))
         # Gathers and reductions, in shares of what each rank holds; backward hides none of it.
         passes = 3 * (spec.accumulation if parallel.zero == 3 else 1)
         if parallel.zero == 2:
             passes = 2 * spec.accumulation
         moved = passes * self.parameter_bytes * (parallel.data - 1) / parallel.data
         states = self.parameter_bytes * (parallel.zero < 3) + self._states(parallel.data)
-        least = states + self._single(micro, blocks)[1]
+        least = states + int(kept[1] + share * (recomputed[1] - kept[1]))
         return Shared(spec, compute + moved / self._network, least)
 
     def _pipelined(
-        self, micro: int, blocks: str, data: int, pipeline: int, chunks: int
+        self, micro: int, recomputing: int, data: int, pipeline: int, chunks: int
     ) -> Iterator[Shared]:
+        """Pipelines whose first `recomputing` ranks run their blocks' forward again in backward."""
         parts = pipeline * chunks
         plain = Parallel(
             data=data, pipeline=pipeline, chunks=chunks, order="bfs", costs=[NO_COSTS] * parts
         )
-        spec = self._spec(micro, blocks, plain)
+        again = [part % pipeline < recomputing for part in range(parts)]
+        layers = part_layers(self.depth, parts)
+        each = [a for part, a in enumerate(again) for _ in range(layers[part])]
+        spec = self._spec(micro, each, plain)
         micros = spec.accumulation
         orders = [("1f1b", 0)] if chunks == 1 or micros % pipeline == 0 else []
         # A backward in two parts keeps what was recomputed until the second one.
-        if blocks == "keep":
+        if not recomputing:
             orders.append(("zero-bubble" if chunks == 1 else "uniform", 0))
             if chunks > 1 and self.apart and self.request.budget.host:
                 orders += [("uniform", n) for n in range(1, chunks + 1)]
-        costs = self._costs(spec, micro, blocks)
+        costs = self._costs(spec, micro, again)
         for order, offload in orders:
             try:
                 plan = choose_offload(
@@ -213,17 +227,29 @@ class DeviceFitter:
                 held + self._part_states(pipeline),
             )
 
-    def _costs(self, spec: PlanFile, micro: int, blocks: str) -> list[StageCost]:
+    def _costs(self, spec: PlanFile, micro: int, again: list[bool]) -> list[StageCost]:
         """Of all parts; bytes in proportion to those of one sequence, `_with_sizes` is exact."""
-        assert spec.parallel is not None
-        key = (blocks, spec.parallel.pipeline, spec.parallel.chunks)
+        costs = []
+        for part, recomputed in enumerate(again):
+            blocks = "recompute" if recomputed else "keep"
+            saved, left = self._sizes(spec, blocks)[part]
+            # Forward, and the two halves of backward, cost about the same where nothing is
+            # recomputed; what is recomputed comes with the first half.
+            third = int(self._single(micro, "keep")[0] * 1e9 / len(again) / 3)
+            whole = int(self._single(micro, blocks)[0] * 1e9 / len(again))
+            times = (third, whole - 2 * third, third)
+            costs.append(self._cost(times, micro * saved, micro * left))
+        return costs
+
+    def _sizes(self, spec: PlanFile, blocks: str) -> list[tuple[int, int]]:
+        """Bytes that parts save of one sequence where all blocks have one option."""
+        parallel = spec.parallel
+        assert parallel is not None
+        key = (blocks, parallel.pipeline, parallel.chunks)
         if key not in self._known_sizes:
-            one = spec.model_copy(update={"micro_batch": 1, "batch": 1})
-            self._known_sizes[key] = part_sizes(one)
-        sizes = self._known_sizes[key]
-        # Forward, and the two halves of backward, cost about the same without recomputation.
-        third = int(self._single(micro, blocks)[0] * 1e9 / len(sizes) / 3)
-        return [self._cost(third, micro * saved, micro * left) for saved, left in sizes]
+            alike = self._spec(1, [blocks == "recompute"] * self.depth, parallel)
+            self._known_sizes[key] = part_sizes(alike.model_copy(update={"batch": 1}))
+        return self._known_sizes[key]
 
     def _with_sizes(self, spec: PlanFile) -> PlanFile:
         """The plan with what its parts really save."""
@@ -233,15 +259,15 @@ class DeviceFitter:
             return spec
         sizes = part_sizes(spec)
         costs = [
-            _listed(self._cost(cost[0], saved, left))
+            _listed(self._cost(cost[:3], saved, left))
             for cost, (saved, left) in zip(parallel.costs, sizes, strict=True)
         ]
         update = {"parallel": parallel.model_copy(update={"costs": costs})}
         return spec.model_copy(update=update)
 
-    def _cost(self, third: int, saved: int, left: int) -> StageCost:
+    def _cost(self, times: tuple[int, int, int], saved: int, left: int) -> StageCost:
         save, load = self._copy("device", "host", saved), self._copy("host", "device", saved)
-        return StageCost(third, third, third, saved, save, load, left=left)
+        return StageCost(*times, saved, save, load, left=left)
 
     def _copy(self, source: str, target: str, nbytes: int) -> int:
         if not self.apart:

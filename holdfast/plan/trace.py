@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from holdfast.errors import HoldfastError
 from holdfast.ledger import CATEGORIES
-from holdfast.meter import BACKWARD, FORWARD, Storage, StorageLog, open_storages
+from holdfast.meter import BACKWARD, FORWARD, StorageLog, open_storages
 from holdfast.plan.blocks import Stack, members
 
 PLACE_CODES = {"device": 0, "host": 1}
@@ -168,18 +168,9 @@ class _Recorder(StorageLog):
         cost[0] += self.op_seconds(flops, moved, dtype)
         cost[1] += flops
         cost[2] += moved
-        if func is torch.ops.aten.logsumexp.default:
-            # Shows its result alone, but holds exponentials of all that enters while it runs.
-            self._pass(args[0].nbytes + result.nbytes)
         if self.observe is not None:
             self.observe(self, self.cuts[-1][1], func, args, kwargs or {}, result, flops)
         return result
-
-    def _pass(self, nbytes: int) -> None:
-        """Note bytes that an operation takes and frees within itself."""
-        sid, phase = len(self.log.storages), self.phase()
-        self.log.storages.append(Storage(nbytes, "device", "temporary", len(self.log.events)))
-        self.log.events += [(sid, nbytes, phase), (sid, -nbytes, phase)]
 
 
 # (log, segment, operation, args, kwargs, result, FLOPs), after each operation that is no view.

@@ -37,15 +37,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             logits = logits.float()
-            log_sum = logits.logsumexp(1, keepdim=True)
-            nats = (log_sum - logits.gather(1, at)).squeeze(1)
+            # Not logsumexp, which holds a second tensor of this size where no one sees it.
+            top, chosen = logits.amax(1, keepdim=True), logits.gather(1, at)
+            slope = None
+            if softcap is not None and (need_hidden or need_weight or need_bias):
+                slope = (logits / softcap).square_().neg_().add_(1)
+            powers = logits.sub_(top).exp_()
+            whole = powers.sum(1, keepdim=True)
+            nats = (whole.log() + top - chosen).squeeze(1)
             total += nats.masked_fill_(~kept, 0).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
-            slope = None
-            if softcap is not None:
-                slope = (logits / softcap).square_().neg_().add_(1)
-            grad = logits.sub_(log_sum).exp_()
+            grad = powers.div_(whole)
             grad.scatter_add_(1, at, grad.new_full((1, 1), -1.0).expand_as(at))
             grad.mul_((kept.float() / counted).unsqueeze(1))
             if slope is not None:
@@ -57,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight.addmm_(grad.T, part)
             if need_bias:
                 grad_bias += grad.sum(0)
-            del logits, grad
+            del logits, powers, grad
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total / counted
 

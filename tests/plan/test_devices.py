@@ -79,6 +79,15 @@ def test_where_nothing_fits_the_smallest_budget_is_said_and_fits(model):
         assert _fitter(model, f"{needed}B", batch=2).search() is not None
 
 
+def test_earlier_ranks_of_a_pipeline_recompute_first(roomy):
+    blocks = {
+        shared.spec.methods.blocks["model.layers"]
+        for shared in roomy.candidates()
+        if shared.spec.parallel.pipeline == 2 and shared.spec.parallel.chunks == 1
+    }
+    assert blocks == {"keep*2", "recompute*1 keep*1", "recompute*2"}
+
+
 def test_candidates_use_every_rank_once(roomy):
     for shared in roomy.candidates():
         assert shared.spec.parallel.ranks == 2

@@ -21,7 +21,8 @@ WAYS = {
     "zero 1": {"data": 2, "zero": 1},
     "zero 3": {"data": 2, "zero": 3},
     "pipeline": {"pipeline": 2, "chunks": 2, "order": "uniform", "offload": 1},
-    "pipelines": {"data": 2, "pipeline": 2, "order": "1f1b"},
+    # The first rank holds more micro-batches, so that its blocks are the ones to recompute.
+    "pipelines": {"data": 2, "pipeline": 2, "order": "1f1b", "blocks": "recompute*2 keep*2"},
 }
 
 
@@ -48,6 +49,7 @@ def _config(folder, tied: bool) -> str:
 
 def _spec(model: str, way: dict, clip: float | None = 0.5) -> PlanFile:
     parallel = dict(way)
+    runs = parallel.pop("blocks", None)
     parts = parallel.get("pipeline", 1) * parallel.get("chunks", 1)
     if parallel.get("pipeline", 1) > 1:
         parallel["costs"] = [(1, 1, 1, 0, 0, 0, 0)] * parts
@@ -58,7 +60,7 @@ def _spec(model: str, way: dict, clip: float | None = 0.5) -> PlanFile:
         micro_batch=1,
         sequence=SEQUENCE,
         budget={"device": 2**26},
-        methods=Methods(blocks={}),
+        methods=Methods(blocks={"model.layers": runs} if runs else {}),
         parallel=Parallel(**parallel),
         training={"learning_rate": 1e-2, "clip": clip},
     )
