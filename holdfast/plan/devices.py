@@ -99,7 +99,6 @@ class DeviceFitter:
             )
         self.apart = self.hardware.device.kind == "cuda"
         self.tried: list[Shared] = []
-        self._known_sizes: dict[tuple, list[tuple[int, int]]] = {}
         self._known_single: dict[tuple[int, str], tuple[float, int]] = {}
 
     def search(self, on_try: Callable[[Shared], None] = lambda tried: None) -> Shared | None:
@@ -203,7 +202,7 @@ class DeviceFitter:
             orders.append(("zero-bubble" if chunks == 1 else "uniform", 0))
             if chunks > 1 and self.apart and self.request.budget.host:
                 orders += [("uniform", n) for n in range(1, chunks + 1)]
-        costs = self._costs(spec, micro, again)
+        costs = self._costs(micro, again)
         for order, offload in orders:
             try:
                 plan = choose_offload(
@@ -214,7 +213,8 @@ class DeviceFitter:
                 continue  # copies cannot keep up
             trace = timeline(plan, costs)
             seconds = trace.end / 1e9
-            held = max(trace.peak(rank, "device") for rank in range(pipeline))
+            # Shares are not even: part of what is held at the ends is nobody else's.
+            held = int(0.7 * max(trace.peak(rank, "device") for rank in range(pipeline)))
             if data > 1:
                 seconds += 2 * self.parameter_bytes / pipeline / self._network
             listed = [_listed(cost) for cost in costs]
@@ -227,29 +227,18 @@ class DeviceFitter:
                 held + self._part_states(pipeline),
             )
 
-    def _costs(self, spec: PlanFile, micro: int, again: list[bool]) -> list[StageCost]:
-        """Of all parts; bytes in proportion to those of one sequence, `_with_sizes` is exact."""
+    def _costs(self, micro: int, again: list[bool]) -> list[StageCost]:
+        """Of all parts, as even shares of one device's; `_with_sizes` has what they really save."""
         costs = []
-        for part, recomputed in enumerate(again):
-            blocks = "recompute" if recomputed else "keep"
-            saved, left = self._sizes(spec, blocks)[part]
+        for recomputed in again:
+            seconds, held = self._single(micro, "recompute" if recomputed else "keep")
             # Forward, and the two halves of backward, cost about the same where nothing is
             # recomputed; what is recomputed comes with the first half.
             third = int(self._single(micro, "keep")[0] * 1e9 / len(again) / 3)
-            whole = int(self._single(micro, blocks)[0] * 1e9 / len(again))
-            times = (third, whole - 2 * third, third)
-            costs.append(self._cost(times, micro * saved, micro * left))
+            whole = int(seconds * 1e9 / len(again))
+            saved = held // len(again)
+            costs.append(self._cost((third, whole - 2 * third, third), saved, saved))
         return costs
-
-    def _sizes(self, spec: PlanFile, blocks: str) -> list[tuple[int, int]]:
-        """Bytes that parts save of one sequence where all blocks have one option."""
-        parallel = spec.parallel
-        assert parallel is not None
-        key = (blocks, parallel.pipeline, parallel.chunks)
-        if key not in self._known_sizes:
-            alike = self._spec(1, [blocks == "recompute"] * self.depth, parallel)
-            self._known_sizes[key] = part_sizes(alike.model_copy(update={"batch": 1}))
-        return self._known_sizes[key]
 
     def _with_sizes(self, spec: PlanFile) -> PlanFile:
         """The plan with what its parts really save."""
@@ -284,9 +273,10 @@ class DeviceFitter:
                 key=lambda s: s.quality.rank,
             )
             composer, problem = one.problem(skeleton)
-            choice = dict.fromkeys(problem.blocks, blocks)
-            held = composer.ledger(choice).column("device", "forward")["activations"]
-            known[micro, blocks] = composer.seconds(choice), held
+            for option in ("keep", "recompute"):
+                choice = dict.fromkeys(problem.blocks, option)
+                held = composer.ledger(choice).column("device", "forward")["activations"]
+                known[micro, option] = composer.seconds(choice), held
         return known[micro, blocks]
 
     def _states(self, ranks: int) -> int:
