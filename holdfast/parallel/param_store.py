@@ -11,7 +11,6 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from holdfast.errors import UsageError
+from holdfast.parallel.copies import Copies
 from holdfast.places import ArenaFull
 from holdfast.units import format_bytes
 
@@ -54,7 +54,7 @@ class HostPool:
 @dataclass
 class _Resident:
     leaves: dict[str, Tensor]
-    ready: "Future[None] | torch.cuda.Event | None"
+    ready: Callable[[], None] | None  # waits for the copies that were begun
     nbytes: int  # parameters, and gradients where they were promised
 
 
@@ -87,12 +87,10 @@ class ParamStore:
             {name: buffer.to(device) for name, buffer in layer.named_buffers()} for layer in layers
         ]
         self._cuda = device.type == "cuda"
+        self._copies = Copies(device)
         if self._cuda:
-            self._stream = torch.cuda.Stream(device)
             for p in _distinct(layers) if not shared else ():
                 p.data = p.data.pin_memory()
-        else:
-            self._thread = ThreadPoolExecutor(1, "holdfast-load")
 
     def load(self, layers: Iterable[int]) -> None:
         """Begin to copy the parameters of `layers` to the device; those that are there stay.
@@ -113,7 +111,7 @@ class ParamStore:
                 for leaf in leaves.values():
                     self.on_new("parameters", leaf)
             pairs = [(leaves[name], p.data) for name, p in named.items()]
-            self._resident[layer] = _Resident(leaves, self._copy(pairs), nbytes)
+            self._resident[layer] = _Resident(leaves, self._copies.start(pairs), nbytes)
             self.bytes_in += nbytes
 
     def promise_gradients(self, layers: Iterable[int]) -> None:
@@ -131,11 +129,8 @@ class ParamStore:
     def state(self, layer: int) -> dict[str, Tensor]:
         """Parameters, as leaves that require gradients where the module's do, and buffers."""
         found = self._resident[layer]
-        if isinstance(found.ready, Future):
-            found.ready.result()
-        elif found.ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(found.ready)
         if found.ready is not None:
+            found.ready()
             found.ready = None
             for name, leaf in found.leaves.items():
                 leaf.requires_grad_(self._named[layer][name].requires_grad)
@@ -167,8 +162,8 @@ class ParamStore:
         if self._cuda:
             torch.cuda.synchronize(self.device)
         for found in self._resident.values():
-            if isinstance(found.ready, Future):
-                found.ready.cancel()
+            if found.ready is not None:
+                found.ready()
         self.drop(list(self._resident))
 
     def _claim(self, nbytes: int) -> None:
@@ -180,21 +175,6 @@ class ParamStore:
             )
         self.resident_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.resident_bytes)
-
-    def _copy(self, pairs: list[tuple[Tensor, Tensor]]) -> "Future[None] | torch.cuda.Event":
-        if not self._cuda:
-            return self._thread.submit(_copy_pairs, pairs)
-        # The memory may still be read by kernels of its last owner.
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            _copy_pairs(pairs)
-            return self._stream.record_event()
-
-
-@torch.no_grad()
-def _copy_pairs(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for to, source in pairs:
-        to.copy_(source, non_blocking=True)
 
 
 def share_(layers: Sequence[nn.Module], group: dist.ProcessGroup) -> None:
