@@ -1,0 +1,1 @@
+"""Attention functions and modules: what a layer keeps of the past, in what form."""
