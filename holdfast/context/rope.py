@@ -92,13 +92,16 @@ class Rope:
         """x (B,H,n,d) as the model rotates it at positions (B|1,H|1,n) int64."""
         return self.turn(x, self.table(positions))
 
+    def inverse_table(self, positions: Tensor) -> Tensor:
+        """The table (2,...,width/2) that takes the rotation at positions (...) back."""
+        scale = _attribute(self.module, "attention_scaling", self.layer_type, 1.0)
+        table = self.table(positions).div_(scale**2)
+        table[1].neg_()
+        return table
+
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate` at the same positions."""
-        table = self.table(positions)
-        scale = _attribute(self.module, "attention_scaling", self.layer_type, 1.0)
-        return self.turn(
-            x, table.mul_(table.new_tensor([1.0, -1.0]).view(2, 1, 1, 1, 1) / scale**2)
-        )
+        return self.turn(x, self.inverse_table(positions))
 
     def turn(self, x: Tensor, table: Tensor) -> Tensor:
         """x (B,H,n,d) rotated by a table (2,B|1,H|1,n,width/2), computed in fp32, in x's dtype."""

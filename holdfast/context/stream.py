@@ -1,0 +1,132 @@
+"""Reading text of any length through a bounded cache, chunk by chunk, and going on from there.
+
+Positions given to the model stay small: it rotates by them and the cache takes that back, so that
+nothing drifts after millions of tokens. `generate()` works with these caches too, but it keeps ids,
+masks and positions of the whole text.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from holdfast.context.cache.bounded import BoundedCache
+from holdfast.errors import UsageError
+
+
+def surprisal(logits: Tensor, ids: Tensor, before: Tensor | None = None) -> Tensor:
+    """-log p of each token in nats: logits (B,n,V), ids (B,n) -> (B,n) fp32.
+
+    Args:
+        before: (B,V) logits that predicted the first token; without it its surprisal is NaN.
+    """
+    first = ids.new_full((ids.shape[0], 1), 0).float().fill_(math.nan)
+    if before is not None:
+        first = F.cross_entropy(before.float(), ids[:, 0], reduction="none")[:, None]
+    if ids.shape[1] == 1:
+        return first
+    rest = F.cross_entropy(logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
+    return torch.cat([first, rest], 1)
+
+
+@torch.no_grad()
+def prefill_chunks(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: BoundedCache,
+    chunk: int | None = None,
+    *,
+    mask: Tensor | None = None,
+    suffix: Tensor | None = None,
+    before: Tensor | None = None,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Read ids (B,n) into a cache and return the logits (B,V) of what comes next.
+
+    Args:
+        chunk: tokens per forward pass, by default and at most `cache.chunk`.
+        mask: (B,n), 0 for padding on the left.
+        suffix: (S,) or (B,S) ids that are read after every chunk and forgotten again, for policies
+            that let a question choose what stays.
+        before: (B,V) logits that predicted the first token.
+        on_chunk: called with the number of tokens of each chunk, after it was read.
+    """
+    if ids.dim() != 2 or not ids.shape[1]:
+        raise UsageError(f"ids of shape {tuple(ids.shape)}: expected (B,n) with at least one token")
+    cache.settle(ids.shape[0], cache.shape.dtype)
+    start = 0
+    if suffix is not None:
+        suffix = suffix.expand(ids.shape[0], -1)
+    while start < ids.shape[1]:
+        step = min(chunk or cache.chunk, cache.chunk)
+        part = ids[:, start : start + step]
+        valid = None if mask is None else mask[:, start : start + step]
+        before = read(model, part, cache, mask=valid, before=before)
+        if suffix is not None:
+            ask(model, suffix, cache)
+        start += part.shape[1]
+        if on_chunk is not None:
+            on_chunk(part.shape[1])
+    return before
+
+
+def read(
+    model: PreTrainedModel, ids: Tensor, cache: BoundedCache, *, mask: Tensor | None = None,
+    before: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One forward pass over ids (B,n); returns the logits (B,V) of what comes next."""
+    learns = cache.policy.observes
+    n = ids.shape[1]
+    first = 0 if cache.policy.rotates else cache.get_seq_length()
+    # Rows that are padded on the left count from their first real token; where keys are
+    # un-rotated any position will do.
+    positions = torch.arange(first, first + n, device=ids.device)[None]
+    if mask is not None and not cache.policy.rotates:
+        if first:
+            raise UsageError("padding in the middle of a text cannot be positioned; pad its start")
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    given = {} if mask is None else {"attention_mask": mask}
+    logits = model(
+        ids, past_key_values=cache, position_ids=positions, use_cache=True,
+        logits_to_keep=0 if learns else 1, **given,
+    ).logits  # fmt: skip
+    if learns:
+        cache.observe(surprisal(logits, ids, before))
+    return logits[:, -1].clone()
+
+
+def ask(model: PreTrainedModel, question: Tensor, cache: BoundedCache) -> Tensor:
+    """Let the policy see who answers a question (B,S), then forget it; returns logits (B,V)."""
+    cache.asking = True
+    try:
+        logits = read(model, question, cache)
+    finally:
+        cache.asking = False
+    for layer in cache.bounded:
+        layer.drop_last(question.shape[1])
+    return logits
+
+
+@torch.no_grad()
+def stream(
+    model: PreTrainedModel,
+    cache: BoundedCache,
+    logits: Tensor,
+    *,
+    tokens: int,
+    sample: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Tensor]:
+    """Decode: yields ids (B,), one step at a time, and reads each back into the cache.
+
+    Args:
+        logits: (B,V) of the first token, as `prefill_chunks` returns them.
+        tokens: how many steps.
+        sample: logits (B,V) -> ids (B,); greedy by default.
+    """
+    for _ in range(tokens):
+        ids = logits.argmax(-1) if sample is None else sample(logits)
+        yield ids
+        logits = read(model, ids[:, None], cache, before=logits)
