@@ -49,8 +49,8 @@ def prefill_chunks(
     Args:
         chunk: tokens per forward pass, by default and at most `cache.chunk`.
         mask: (B,n), 0 for padding on the left.
-        suffix: (S,) or (B,S) ids that are read after every chunk and forgotten again, for policies
-            that let a question choose what stays.
+        suffix: (S,) or (B,S) ids that choose what stays (`make_room`), by default the policy's
+            catalyst.
         before: (B,V) logits that predicted the first token.
         on_chunk: called with the number of tokens of each chunk, after it was read.
     """
@@ -58,15 +58,14 @@ def prefill_chunks(
         raise UsageError(f"ids of shape {tuple(ids.shape)}: expected (B,n) with at least one token")
     cache.settle(ids.shape[0], cache.shape.dtype)
     start = 0
-    if suffix is not None:
-        suffix = suffix.expand(ids.shape[0], -1)
+    suffix = cache.policy.catalyst if suffix is None else suffix
     while start < ids.shape[1]:
         step = min(chunk or cache.chunk, cache.chunk)
         part = ids[:, start : start + step]
         valid = None if mask is None else mask[:, start : start + step]
-        before = read(model, part, cache, mask=valid, before=before)
         if suffix is not None:
-            ask(model, suffix, cache)
+            make_room(model, suffix, cache, part.shape[1])
+        before = read(model, part, cache, mask=valid, before=before)
         start += part.shape[1]
         if on_chunk is not None:
             on_chunk(part.shape[1])
@@ -79,34 +78,92 @@ def read(
 ) -> Tensor:  # fmt: skip
     """One forward pass over ids (B,n); returns the logits (B,V) of what comes next."""
     learns = cache.policy.observes
+    logits = _forward(model, ids, cache, mask, every=learns)
+    if learns:
+        cache.observe(surprisal(logits, ids, before))
+    return logits[:, -1].clone()
+
+
+def _forward(
+    model: PreTrainedModel, ids: Tensor, cache: BoundedCache, mask: Tensor | None, *, every: bool
+) -> Tensor:
+    """Logits (B,n,V), or (B,1,V) of the last token unless `every`."""
     n = ids.shape[1]
     first = 0 if cache.policy.rotates else cache.get_seq_length()
-    # Rows that are padded on the left count from their first real token; where keys are
-    # un-rotated any position will do.
+    # Where keys are un-rotated any position will do; rows that are padded on the left count from
+    # their first real token.
     positions = torch.arange(first, first + n, device=ids.device)[None]
     if mask is not None and not cache.policy.rotates:
         if first:
             raise UsageError("padding in the middle of a text cannot be positioned; pad its start")
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     given = {} if mask is None else {"attention_mask": mask}
-    logits = model(
+    return model(
         ids, past_key_values=cache, position_ids=positions, use_cache=True,
-        logits_to_keep=0 if learns else 1, **given,
+        logits_to_keep=0 if every else 1, **given,
     ).logits  # fmt: skip
-    if learns:
-        cache.observe(surprisal(logits, ids, before))
-    return logits[:, -1].clone()
 
 
-def ask(model: PreTrainedModel, question: Tensor, cache: BoundedCache) -> Tensor:
-    """Let the policy see who answers a question (B,S), then forget it; returns logits (B,V)."""
+@torch.no_grad()
+def surprisals(
+    model: PreTrainedModel, ids: Tensor, cache: BoundedCache,
+    *, on_chunk: Callable[[int], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """How surprising each token of ids (B,n) is, read through a cache: nats (B,n), first is NaN."""
+    cache.settle(ids.shape[0], cache.shape.dtype)
+    before, found = None, []
+    for part in ids.split(cache.chunk, 1):
+        logits = _forward(model, part, cache, None, every=True)
+        found.append(surprisal(logits, part, before))
+        if cache.policy.observes:
+            cache.observe(found[-1])
+        before = logits[:, -1].clone()
+        if on_chunk is not None:
+            on_chunk(part.shape[1])
+    return torch.cat(found, 1)
+
+
+def make_room(model: PreTrainedModel, question: Tensor, cache: BoundedCache, more: int) -> None:
+    """If `more` tokens and a question (S,) or (B,S) do not fit, ask it and drop entries."""
+    room = more + question.shape[-1]
+    if room >= cache.capacity:
+        raise UsageError(
+            f"{more} tokens and a question of {question.shape[-1]} leave no entry of "
+            f"{cache.capacity}; use smaller chunks, a shorter question or a larger budget"
+        )
+    if max(layer.length for layer in cache.bounded) + room > cache.capacity:
+        ask(model, question.to(model.device).expand(cache.shape.batch, -1), cache)
+        for layer in cache.bounded:
+            layer.compress(cache.policy.stay(cache.capacity, room))
+
+
+def ask(
+    model: PreTrainedModel, question: Tensor, cache: BoundedCache, *, mask: Tensor | None = None
+) -> Tensor:
+    """Let the policy see who answers a question (B,S), then forget it; returns logits (B,V).
+
+    Args:
+        mask: (B,S), 0 for padding on the left.
+
+    Raises:
+        UsageError: a question that is longer than a chunk, or layers that cannot forget.
+    """
+    rows, length = question.shape
+    if not 0 < length <= cache.chunk:
+        raise UsageError(
+            f"a question of {length} tokens is not read at once, which 1 to {cache.chunk} are; "
+            "give a shorter one or a cache with a larger chunk"
+        )
+    if len(cache.bounded) < len(cache.layers):
+        raise UsageError("sliding layers of this model cannot forget a question; do not ask")
     cache.asking = True
     try:
-        logits = read(model, question, cache)
+        logits = read(model, question, cache, mask=mask)
     finally:
         cache.asking = False
+    entries = [length] * rows if mask is None else mask.long().sum(1).tolist()
     for layer in cache.bounded:
-        layer.drop_last(question.shape[1])
+        layer.drop_last(length, entries)
     return logits
 
 
@@ -126,7 +183,10 @@ def stream(
         tokens: how many steps.
         sample: logits (B,V) -> ids (B,); greedy by default.
     """
+    catalyst = cache.policy.catalyst
     for _ in range(tokens):
         ids = logits.argmax(-1) if sample is None else sample(logits)
         yield ids
+        if catalyst is not None:
+            make_room(model, catalyst, cache, 1)
         logits = read(model, ids[:, None], cache, before=logits)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.context.cache.policy import SELECT_BYTES, CachePolicy, CacheShape
+from holdfast.context.cache.policy import SELECT_BYTES, CachePolicy, CacheShape, sinks_and_recent
 from holdfast.errors import DoesNotFit, UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ class Full(CachePolicy):
     """Keep every entry; more than fit are an error, never a silent loss."""
 
     rotates = False
+    drops = False
 
     def stay(self, capacity: int, incoming: int) -> int:
         raise DoesNotFit(
@@ -48,10 +49,7 @@ class SinksRecent(CachePolicy):
         return self.sinks + chunk + 1
 
     def select(self, layer: "BoundedLayer", keep: int) -> Tensor:
-        slots = torch.arange(keep, device=layer.device).expand(len(layer.counts), 1, -1)
-        counts = torch.tensor(layer.counts, device=layer.device).view(-1, 1, 1)
-        recent = slots >= self.sinks
-        return slots + recent * (counts - keep).clamp(min=0)
+        return sinks_and_recent(layer, self.sinks, keep)
 
     def scratch(self, shape: CacheShape, capacity: int) -> int:
         return shape.batch * capacity * SELECT_BYTES

@@ -49,8 +49,8 @@ class BoundedCache(Cache):
         self._device = next(model.parameters()).device
         super().__init__(layers=self._layers(model))
         self.shape = self._shape(batch or 1, next(model.parameters()).dtype)
-        if batch is not None:
-            self.settle(batch, self.shape.dtype)
+        if batch is not None or tokens is not None:
+            self.settle(self.shape.batch, self.shape.dtype)
 
     @classmethod
     def for_model(
@@ -144,6 +144,7 @@ class BoundedCache(Cache):
             return self.shape
         self.shape = self._shape(batch, dtype)
         self.capacity, self.chunk = self._fit()
+        self.policy.bind(self)
         return self.shape
 
     def _fit(self) -> tuple[int, int]:
@@ -167,9 +168,11 @@ class BoundedCache(Cache):
             else:
                 high = middle - 1
         chunk = self._chunk or default_chunk(low)
-        least = self.policy.least(chunk)
-        if low < max(1, least):
-            need = self.predict(least, chunk)
+        if low < max(1, self.policy.least(chunk)):
+            least = 1
+            while least < self.policy.least(self._chunk or default_chunk(least)):
+                least += 1
+            need = self.predict(least, self._chunk or default_chunk(least))
             error = DoesNotFit(
                 f"{self.policy!r} needs {format_bytes(need)} for {least} entries in "
                 f"{self.shape.layers} layers of {self.shape.batch} rows, the budget is "
@@ -194,7 +197,7 @@ class BoundedCache(Cache):
         own = sum(4 * (shape.heads if per_head else heads) for per_head in policy.fields.values())
         own += 8 * heads if policy.keeps_index else 0
         ropes = {layer._rope for layer in self.bounded if layer._rope is not None}
-        tables = sum(4 * rope.width for rope in ropes)
+        tables = sum(4 * rope.width for rope in ropes) * policy.at_slots
         return shape.kv_bytes(capacity) + capacity * (shape.layers * shape.batch * own + tables)
 
     def _scratch(self, capacity: int, chunk: int) -> int:
@@ -274,7 +277,7 @@ class BoundedCache(Cache):
     def meta(self) -> dict[str, Any]:
         """Counts and identity, ready for JSON."""
         return {
-            "format": 1, "model": self.fingerprint, "policy": type(self.policy).__name__,
+            "format": 1, "model": self.fingerprint, "policy": self.policy.identity(),
             "form": repr(self.form), "seen": [layer.seen for layer in self.bounded],
             "counts": [layer.counts for layer in self.bounded],
             "read": [layer.read for layer in self.bounded],

@@ -1,6 +1,6 @@
 """Slots of one layer, and a policy that decides what stays in them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,17 @@ class New:
             assert self.uneven is not None
             return self.uneven
         return torch.arange(self.start, self.start + self.count, device=self.device)[None]
+
+    def part(self, at: slice) -> "New":
+        """A range of them."""
+        start, stop, _ = at.indices(self.count)
+        return New(
+            stop - start,
+            None if self.start is None else self.start + start,
+            self.last,
+            self.device,
+            None if self.uneven is None else self.uneven[:, at],
+        )
 
 
 class BoundedLayer(DeferredLayer):
@@ -220,6 +231,7 @@ class BoundedLayer(DeferredLayer):
         *,
         keys: Callable[[slice], Tensor] | None = None,
         mask: Callable[[New, slice], MaskMod | Tensor | None] | None = None,
+        ranges: Iterable[slice] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Exact attention of q over the slots: (B,Hq,n,dv) in q's dtype and lse (B,Hq,n) fp32.
 
@@ -227,18 +239,21 @@ class BoundedLayer(DeferredLayer):
             q: (B,Hq,n,d) as it looks.
             keys: range of slots -> (B,H,n,d) as looked at; by default rotated to their slots.
             mask: what new entries see of a range of slots, by default all up to themselves.
+            ranges: of slots, disjoint, where anything is seen; by default all.
         """
         keys, mask = keys or self.rotated_keys, mask or self.mask
+        todo = list(self.ranges() if ranges is None else ranges)
         sums = None
-        for at in self.ranges():
+        for at in todo:
             spec = Spec(mask=mask(new, at), scale=scaling, q_chunk=CHUNK, k_chunk=CHUNK)
             out, lse = kernels.forward(q, keys(at), self.stored_values(at), spec)
-            if at.start == 0 and at.stop == self.length:
+            if len(todo) == 1:
                 return out, lse
             if sums is None:
                 sums = kernels.empty_sums(q, out)
             kernels.merge_(*sums, out, lse)
-        assert sums is not None
+        if sums is None:
+            sums = kernels.empty_sums(q, self.stored_values(slice(0, 0)))
         return sums[0].to(q.dtype), sums[1]
 
     def keep(self, source: Tensor, counts: list[int]) -> None:
@@ -247,9 +262,16 @@ class BoundedLayer(DeferredLayer):
         self.slots.move(source)
         self.counts = list(counts)
 
-    def drop_last(self, entries: int) -> None:
-        """Forget the entries appended last, for example a question that was only asked."""
-        self.counts = [max(0, count - entries) for count in self.counts]
+    def drop_last(self, tokens: int, entries: list[int]) -> None:
+        """Forget the last tokens, for example a question that was only asked.
+
+        Args:
+            tokens: how many, padding included.
+            entries: how many each row has of them.
+        """
+        self.counts = [have - last for have, last in zip(self.counts, entries, strict=True)]
+        self.read = [have - last for have, last in zip(self.read, entries, strict=True)]
+        self.seen -= tokens
 
     def observe(self, nats: Tensor) -> None:
         if self._last is not None and nats.shape[1]:

@@ -66,6 +66,11 @@ class CachePolicy:
         keeps_index: also keep each entry's original position in its row, as field "index" (int64).
         per_head: heads choose differently.
         observes: wants to know how surprising each token was (`observe`).
+        drops: ever drops entries; if not, more than fit are an error.
+        catalyst: ids (S,) that are read whenever entries must be dropped, and then forgotten, so
+            that `attended` sees while `cache.asking` what they attend to (`stream.make_room`).
+        at_slots: entries are looked at where their slots are (what `attend` does by default), for
+            which a table of rotations is kept.
     """
 
     rotates = True
@@ -73,6 +78,12 @@ class CachePolicy:
     keeps_index = False
     per_head = False
     observes = False
+    drops = True
+    at_slots = True
+    catalyst: Tensor | None = None
+
+    def bind(self, cache: "BoundedCache") -> None:
+        """Once per cache, when its capacity is known: refuse or warn about the model."""
 
     def check(self, capacity: int, chunk: int) -> None:
         """Refuse a capacity (entries) that cannot work with chunks of so many tokens."""
@@ -123,39 +134,60 @@ class CachePolicy:
         """The arguments of `__init__`, to make the same policy again."""
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+    def identity(self) -> str:
+        """Name and plain options: what two caches must have in common to go on from each other."""
+        plain = (bool, int, float, str, type(None), CachePolicy)
+        given = ", ".join(
+            f"{name}={value!r}"
+            for name, value in self.options().items()
+            if isinstance(value, plain)
+        )
         return f"{type(self).__name__}({given})"
+
+    def __repr__(self) -> str:
+        return self.identity()
 
 
 # Of `top_slots` with its scores, per entry: two fp32 copies, an order and its sort, masks.
 SELECT_BYTES = 44
 
 
-def top_slots(scores: Tensor, keep: int, filled: Tensor | None = None) -> Tensor:
+def top_slots(
+    scores: Tensor, keep: int, filled: Tensor | None = None, *, recent: bool = False
+) -> Tensor:
     """Slots of the highest scores, ascending: (B,H|1,m) -> (B,H|1,keep) int64.
-
-    Equal scores keep the earlier slot, on every device.
 
     Args:
         filled: (B,1,m) bool, False for slots beyond a row's entries; None if rows are full.
+        recent: of equal scores keep the later slot instead of the earlier, on every device.
     """
     if scores.shape[-1] < keep:
         raise UsageError(f"{keep} of {scores.shape[-1]} entries cannot stay")
     if filled is not None:
         scores = scores.masked_fill(~filled, -math.inf)
-    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :keep]
-    return order.sort(-1).values
+    order = scores.argsort(dim=-1, descending=not recent, stable=True)
+    best = order[..., order.shape[-1] - keep :] if recent else order[..., :keep]
+    return best.sort(-1).values
+
+
+def sinks_and_recent(layer: "BoundedLayer", sinks: int, keep: int) -> Tensor:
+    """Slots (B,1,keep) int64 ascending of the first `sinks` entries and of the last others."""
+    slots = torch.arange(keep, device=layer.device).expand(len(layer.counts), 1, -1)
+    counts = torch.tensor(layer.counts, device=layer.device).view(-1, 1, 1)
+    return slots + (slots >= sinks) * (counts - keep).clamp(min=0)
 
 
 def probabilities(
-    layer: "BoundedLayer", q: Tensor, lse: Tensor, new: "New", scaling: float
-) -> Iterator[tuple[slice, Tensor]]:
+    layer: "BoundedLayer", q: Tensor, lse: Tensor, new: "New", scaling: float,
+    width: int | None = None,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """What each query gives to each slot, range by range: (slots, (B,Hq,n,len) fp32).
 
-    q (B,Hq,n,d) as it looked and lse (B,Hq,n), as `attended` gets them.
+    Args:
+        q, lse: (B,Hq,n,d) as it looked and (B,Hq,n), as `attended` gets them.
+        width: slots in a range.
     """
-    width = max(64, PAIRS // max(1, q.shape[2]))
+    width = width or max(64, PAIRS // max(1, q.shape[2]))
     blind = lse == -math.inf
     lse = lse.masked_fill(blind, 0)[..., None]
     for at in layer.ranges(width):
@@ -182,15 +214,55 @@ def attention_mass(
     Args:
         weights: (B|1,n) of the queries; None counts each once.
     """
-    heads = layer.heads
-    total = q.new_zeros(q.shape[0], heads, layer.length, dtype=torch.float32)
-    for at, p in probabilities(layer, q, lse, new, scaling):
-        if weights is not None:
-            p *= weights[:, None, :, None]
-        total[:, :, at] = p.sum(2).view(q.shape[0], heads, -1, p.shape[3]).sum(2)
+    batch, heads = q.shape[0], layer.heads
+    total = q.new_zeros(batch, heads, layer.length, dtype=torch.float32)
+    for start in range(0, q.shape[2], QUERIES):
+        rows = slice(start, start + QUERIES)
+        block = q[:, :, rows], lse[:, :, rows], new.part(rows)
+        for at, p in probabilities(layer, *block, scaling, _width(layer.cache.capacity)):
+            if weights is not None:
+                p *= weights[:, None, rows, None]
+            total[:, :, at] += p.view(batch, heads, -1, p.shape[3]).sum(2)
     return total
 
 
-def mass_scratch(shape: CacheShape, chunk: int) -> int:
-    """Bytes that `attention_mass` of `chunk` queries holds beside its result."""
-    return 3 * 4 * shape.batch * shape.query_heads * chunk * max(64, PAIRS // max(1, chunk))
+# Queries that `attention_mass` looks at together, at a part of the keys.
+QUERIES = 16
+
+
+def _width(capacity: int) -> int:
+    return max(16, min(2048, capacity // 16))
+
+
+def mass_scratch(shape: CacheShape, capacity: int) -> int:
+    """Bytes that `attention_mass` holds, its result included."""
+    width = min(_width(capacity), capacity)
+    # Three copies of scores and of keys that are decoded and rotated.
+    pairs = 3 * 4 * shape.query_heads * QUERIES * width
+    keys = 3 * 4 * shape.heads * shape.key_width * width
+    return shape.batch * (pairs + keys + 4 * shape.heads * capacity)
+
+
+def unasked_last(mass: Tensor, sinks: int = 4) -> Tensor:
+    """What questions gave to entries, (B,H,m) fp32, as scores: entries to drop have low ones.
+
+    An entry of exactly 0 is newer than the last question. It outlasts those which that question
+    saw, as the first `sinks` do, among which attention would collapse. Where nobody asked, ties
+    that keep the later slot leave sinks and recent entries.
+    """
+    new = mass == 0
+    scores = mass.masked_fill(new, torch.finfo(mass.dtype).max)
+    scores[..., :sinks].masked_fill_(new.any(-1, keepdim=True), math.inf)
+    return scores
+
+
+def surprise(nats: Tensor, new: "New") -> Tensor:
+    """Surprisal (B,n) as `observe` gets it, without NaN.
+
+    What nothing predicted, as the first token of a turn, gets the largest of its row, or 0 where
+    nothing else is known.
+    """
+    # Padding predicts nothing: what lies in slot 0 is the first token of its row.
+    unknown = nats.isnan() | (new.slots == 0)
+    known = nats.masked_fill(unknown | (new.slots < 0), 0)
+    return torch.where(unknown, known.amax(1, keepdim=True), known)
