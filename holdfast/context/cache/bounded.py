@@ -283,27 +283,37 @@ class BoundedCache(Cache):
             "read": [layer.read for layer in self.bounded],
         }  # fmt: skip
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file that `load` reads; replaced atomically."""
+    def save(self, path: str | Path, notes: dict[str, Any] | None = None) -> None:
+        """Write a safetensors file that `load` reads; replaced atomically.
+
+        `notes` are kept beside the cache, as JSON.
+        """
         if any(type(layer) is not BoundedLayer for layer in self.layers):
             raise UsageError("this cache has layers of other kinds, which cannot be saved yet")
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        write_tensors(partial, self.state_dict(), {"holdfast": json.dumps(self.meta())})
+        meta = self.meta() | {"notes": notes or {}}
+        write_tensors(partial, self.state_dict(), {"holdfast": json.dumps(meta)})
         partial.replace(path)
         sync_directory(path.parent)
 
-    def load(self, path: str | Path) -> None:
-        """Go on from a saved cache of the same model, policy and form; capacity may differ.
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Go on from a saved cache of the same model, policy and form; returns its notes.
+
+        The capacity may be another.
 
         Raises:
             UsageError: another model, policy or form, or more entries than fit.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if not Path(path).exists():
             raise UsageError(f"{path} does not exist; give a file that was saved by this command")
-        with safe_open(path, "pt") as file:
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise UsageError(f"{path} is not a saved cache ({error})") from error
+        with opened as file:
             meta = json.loads((file.metadata() or {}).get("holdfast", "{}"))
             mine = self.meta()
             for what in ("format", "model", "policy", "form"):
@@ -332,6 +342,7 @@ class BoundedCache(Cache):
                     tensor[:, :, : saved.shape[2]] = saved.to(tensor.device)
                 layer.counts, layer.read = meta["counts"][number], meta["read"][number]
                 layer.seen, layer._last = meta["seen"][number], None
+            return meta["notes"]
 
 
 def default_chunk(capacity: int) -> int:

@@ -94,4 +94,4 @@ def test_bad_options_and_small_caches_are_refused():
     with pytest.raises(DoesNotFit, match="use 30 or more"):
         cache(net, tokens=29)
     with pytest.warns(UserWarning, match="n_local=600 exceeds the 512 tokens"):
-        BoundedCache.for_model(net, LMInfinite(n_local=600), tokens=800, batch=1)
+        BoundedCache.for_model(net, LMInfinite(n_local=600), tokens=900, batch=1)
