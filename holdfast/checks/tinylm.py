@@ -8,8 +8,6 @@ nats per byte with seeds 0, 1 and 2.
 import functools
 import hashlib
 import sysconfig
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from holdfast import host
+from holdfast.checks.cached import trained_once
 from holdfast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,33 +154,9 @@ def trained(seed: int = 0) -> "LlamaForCausalLM":
 
     The cache's name holds the hash of this file, the corpus, torch's and transformers' versions.
     """
-    from safetensors.torch import load_file
 
-    path = _cache_path(seed)
-    found = model(seed)
-    if path.exists():
-        found.load_state_dict(load_file(path))
-    else:
-        train(found, torch.optim.Adam(found.parameters(), lr=LR), seed=seed)
-        _save(found.state_dict(), path)
-    return found.eval()
+    def standard(untrained: nn.Module) -> None:
+        train(untrained, torch.optim.Adam(untrained.parameters(), lr=LR), seed=seed)
 
-
-def _cache_path(seed: int) -> Path:
-    import transformers
-
-    parts = (Path(__file__).read_text(), corpus_hash(), torch.__version__, transformers.__version__)
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return host.cache_dir() / f"tinylm-{name}-{seed}.safetensors"
-
-
-def _save(state: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file(state, Path(folder) / path.name)
-            (Path(folder) / path.name).replace(path)
-    except OSError as error:
-        warnings.warn(f"tinylm is not cached and will be trained again: {error}", stacklevel=3)
+    recipe = (Path(__file__).read_text(), corpus_hash())
+    return trained_once(model(seed), standard, "tinylm", seed, *recipe)
