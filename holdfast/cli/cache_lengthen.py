@@ -74,7 +74,3 @@ def lengthen(
         losses = ", ".join(f"{k} {v:.4f}" for k, v in report["loss"].items() if v is not None)
         console.print(f"loss: {losses}; {report['steps']} steps, {report['seconds']:.1f} s")
     print(f"{out} reads {length} tokens and opens with AutoModel.from_pretrained({str(out)!r})")
-
-
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
-app.command("lengthen")(lengthen)
