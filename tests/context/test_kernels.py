@@ -143,9 +143,13 @@ def test_chunks_do_not_matter_and_large_logits_stay_finite(path):
     given = tensors()
     mask = scattered(33, 40)
     whole = attention_with_lse(*given, mask=mask)
+    dout = torch.randn_like(whole[0])
+    grads = torch.autograd.grad(whole[0], given, dout, retain_graph=True)
     for chunks in ((1, 40), (33, 1), (7, 9)):
         parts = attention_with_lse(*given, mask=mask, q_chunk=chunks[0], k_chunk=chunks[1])
         torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-6)
+        found = torch.autograd.grad(parts[0], given, dout)
+        torch.testing.assert_close(found, grads, atol=1e-6, rtol=1e-5)
     for shift in (1e4, -1e4):
         bias = torch.full((1, 1, 1, 40), shift)
         out, lse = attention_with_lse(*given, mask=mask, bias=bias, q_chunk=8, k_chunk=16)
