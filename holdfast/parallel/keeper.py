@@ -6,7 +6,9 @@ order, whatever the clock says.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from holdfast.parallel._torch_pp import Runtime
 from holdfast.parallel.offload_plan import OffloadPlan
 from holdfast.parallel.schedule import Action
 from holdfast.places import ActivationStore, Arena
-from holdfast.places.spans import copy_thread
+from holdfast.places.copies import copies_of
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Keeper:
             return
         self.copied += copied
         while self.met <= self._free_until[self.copied]:
-            copy_thread().submit(dist.barrier, self.pair)
+            copies_of(torch.device("cpu")).run(partial(dist.barrier, self.pair))
             self.met += 1
 
 

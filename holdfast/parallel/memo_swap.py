@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from holdfast import attach
 from holdfast.errors import DoesNotFit, HoldfastError, UsageError
 from holdfast.parallel import addresses
-from holdfast.parallel.copies import Copies, Pair, pin
 from holdfast.parallel.token_rows import KEPT, ROWS, Base, Layout, Record, close, parts_of
+from holdfast.places.copies import Copies, Pair, pin
 from holdfast.units import format_bytes
 
 

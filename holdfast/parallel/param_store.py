@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from holdfast.errors import UsageError
-from holdfast.parallel.copies import Copies
 from holdfast.places import ArenaFull
+from holdfast.places.copies import Copies
 from holdfast.units import format_bytes
 
 ALIGN = 64

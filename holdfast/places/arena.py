@@ -1,10 +1,10 @@
 """Arenas: keyed tensors in host memory or on disk, never above a cap in bytes."""
 
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from holdfast.errors import OverBudget, UsageError
+from holdfast.places.copies import Begun, Copies
 from holdfast.units import format_bytes
 
 
@@ -62,13 +63,13 @@ class Arena(ABC):
     def resident_bytes(self) -> int:
         return self._resident
 
-    def put(self, key: Hashable, tensor: Tensor, copier: Executor | None = None) -> Future | None:
+    def put(self, key: Hashable, tensor: Tensor, copies: Copies | None = None) -> Begun | None:
         """Store a copy of `tensor`, any strides and device, under a new key.
 
         On CUDA the copy is ordered on the current stream, like any operation on `tensor`.
 
         Args:
-            copier: copies later, in its own thread; until the future that is returned is done,
+            copies: copy beside the computation; until what is returned has been waited for,
                 `tensor` must not change and `key` must not be evicted.
 
         Raises:
@@ -82,27 +83,23 @@ class Arena(ABC):
                 raise UsageError(f"cannot put {key!r} into the {self.place} arena: {why}")
             slot = self._reserve(tensor)
             entry = Entry(slot, tensor.new_empty(0), tensor.shape)
-            copied = None
-            if copier is not None:
-                copied = copier.submit(self._write, entry, tensor)
-            else:
-                try:
-                    self._write(entry, tensor)
-                except BaseException:
-                    self._release(entry)
-                    raise
+            try:
+                begun = _copy(functools.partial(self._write, entry, tensor), copies)
+            except BaseException:
+                self._release(entry)
+                raise
             self._entries[key] = entry
             self.bytes_in += entry.nbytes
-            return copied
+            return begun
 
-    def load(self, key: Hashable, out: Tensor, copier: Executor) -> Future:
-        """`get` into `out` in the thread of `copier`; done when the future is.
+    def load(self, key: Hashable, out: Tensor, copies: Copies | None = None) -> Begun | None:
+        """`get` into `out`, with `copies` beside the computation, as `put`.
 
         Raises:
             KeyError, UsageError: as `get`.
         """
         with self._locked():
-            return copier.submit(self._read, self._found(key, out), out)
+            return _copy(functools.partial(self._read, self._found(key, out), out), copies)
 
     def get(self, key: Hashable, out: Tensor | None = None) -> Tensor:
         """Copy a stored tensor into `out`, or into a new one on the device it came from.
@@ -207,6 +204,13 @@ class Arena(ABC):
 
     @abstractmethod
     def _release(self, entry: Entry) -> None: ...
+
+
+def _copy(copy: Callable[[], None], copies: Copies | None) -> Begun | None:
+    if copies is not None:
+        return copies.run(copy)
+    copy()
+    return None
 
 
 @dataclass

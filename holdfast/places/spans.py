@@ -1,18 +1,15 @@
 """Saved tensors and the copies behind them, each with its state."""
 
 import enum
-import functools
 import itertools
 import math
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from holdfast.errors import HoldfastError
+from holdfast.places.copies import Begun, Copies, copies_of
 
 if TYPE_CHECKING:
     from holdfast.places.activations import ActivationStore
@@ -125,7 +122,7 @@ class Span:
         self.store, self.start, self.sharers, self.uses = store, start, len(saved), 0
         self.key = next(_keys)
         self.state = State.SAVING
-        self.ready: torch.cuda.Event | Future | None = None
+        self.ready: Begun | None = None
         self.device, self.nelements = first.device, nelements
         self.like, self.version = first.new_empty(0), first._version
         self.shape: tuple[int, ...] = (nelements,)
@@ -134,24 +131,15 @@ class Span:
             self.shape, self.stride = saved[0].shape, saved[0].stride
         self.base: Tensor | None = first.as_strided((nelements,), (1,), start)
         if store.arena is not None:
-            with self._copying(self.base):
-                copied = store.arena.put(self.key, self._stored(self.base), self._copier())
-            self.ready = copied or self.ready
+            self.ready = store.arena.put(self.key, self._stored(self.base), self._copies())
         self.state = step(self.state, State.SAVED)
 
     def _stored(self, base: Tensor) -> Tensor:
         return base.as_strided(self.shape, self.stride, base.storage_offset())
 
-    def _copying(self, base: Tensor) -> AbstractContextManager[None]:
-        if self.overlaps and base.is_cuda and not isinstance(base, FakeTensor):
-            return _CopyStream(self)
-        return nullcontext()
-
-    def _copier(self) -> Executor | None:
-        """Who copies: on a CPU, a thread in the part of the stream."""
-        assert self.base is not None
+    def _copies(self) -> Copies | None:
         fake = isinstance(self.base, FakeTensor)
-        return copy_thread() if self.overlaps and self.base.is_cpu and not fake else None
+        return copies_of(self.device) if self.overlaps and not fake else None
 
     @property
     def overlaps(self) -> bool:
@@ -159,10 +147,8 @@ class Span:
         return self.device.type == "cuda" if wanted is None else wanted
 
     def _wait(self) -> None:
-        if isinstance(self.ready, Future):
-            self.ready.result()
-        elif self.ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.ready)
+        if self.ready is not None:
+            self.ready.wait()
         self.ready = None
 
     def _check_version(self) -> None:
@@ -182,13 +168,8 @@ class Span:
         """Make device memory and begin to fill it."""
         self.state = step(self.state, State.PREPARED)
         self.base = self.like.new_empty(self.nelements)
-        copier, arena = self._copier(), self.store.arena
-        assert arena is not None
-        if copier is not None:
-            self.ready = arena.load(self.key, self._stored(self.base), copier)
-        else:
-            with self._copying(self.base):
-                arena.get(self.key, out=self._stored(self.base))
+        assert self.store.arena is not None
+        self.ready = self.store.arena.load(self.key, self._stored(self.base), self._copies())
 
     def use(self, saved: Moved) -> Tensor:
         self.store.backward_began()
@@ -214,11 +195,8 @@ class Span:
         """Give back the bytes of both places."""
         if self.state is not State.FREED:
             self.state = step(self.state, State.FREED)
-            # The copy may still run; nobody may reuse its memory before the end.
-            if isinstance(self.ready, Future):
-                wait([self.ready])
-            elif self.ready is not None and self.base is not None:
-                self.base.record_stream(_copy_stream(self.device))
+            if self.ready is not None:
+                self.ready.outlive(self.base)
             self.base = self.ready = None
             if self.store.arena is not None:
                 self.store.arena.evict(self.key)
@@ -226,30 +204,3 @@ class Span:
     def __del__(self):
         if hasattr(self, "state"):
             self.free()
-
-
-class _CopyStream:
-    """Copies of a span on the side stream, ordered after the current one; sets `span.ready`."""
-
-    def __init__(self, span: Span):
-        self.span, self.stream = span, _copy_stream(span.device)
-        self.inner = torch.cuda.stream(self.stream)
-
-    def __enter__(self) -> None:
-        self.stream.wait_stream(torch.cuda.current_stream(self.span.device))
-        self.inner.__enter__()
-
-    def __exit__(self, *exc) -> None:
-        self.span.ready = self.stream.record_event()
-        self.inner.__exit__(*exc)
-
-
-@functools.cache
-def copy_thread() -> ThreadPoolExecutor:
-    # One, so that copies end in the order in which they were asked for.
-    return ThreadPoolExecutor(1, thread_name_prefix="holdfast-copy")
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -13,11 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from holdfast.errors import DoesNotFit, HoldfastError, UsageError
 from holdfast.meter import Meter
 from holdfast.native.allocator import AllocatorPeak
-from holdfast.parallel import copies
 from holdfast.parallel.addresses import Planned
 from holdfast.parallel.memo_swap import Memo, Sizes, host_bytes, solve_rows
 from holdfast.parallel.token_rows import attend
-from holdfast.places import SavedTensorChanged
+from holdfast.places import SavedTensorChanged, copies
 from holdfast.training.step import recompute
 
 H, HEADS, N, B = 32, 4, 48, 2
