@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from holdfast.errors import UsageError
-from holdfast.parallel.sharded import Sharded
+from holdfast.parallel.sharded import Sharded, until_let_go
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -117,7 +117,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         total = torch.zeros((), device=self.units[0].master.device)
         for grad in found:
             total += grad.float().square().sum()
-        dist.all_reduce(total, group=layout.group)
+        until_let_go(lambda: dist.all_reduce(total, group=layout.group), total)
         norm = total.sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in found:

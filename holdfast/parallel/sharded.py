@@ -1,7 +1,8 @@
 """Sharded: tensors laid end to end in one flat buffer that is split over ranks, and its traffic."""
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import cast
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+LET_GO_SECONDS = 1.0
 
 
 class Sharded:
@@ -76,6 +79,30 @@ class Sharded:
         op = dist.ReduceOp.AVG if self.ranks > 1 else dist.ReduceOp.SUM
         work = dist.reduce_scatter_single(out, flat, op=op, group=self.group, async_op=True)
         return cast(dist.Work, work)
+
+
+def until_let_go(collective: Callable[[], object], *tensors: Tensor) -> None:
+    """Run a collective to its end, and until it no longer holds `tensors`.
+
+    gloo's own thread drops them a little after it has said that it is done, so that what the caller
+    then frees would live on for as long as that thread waits for a processor.
+    """
+    before = [_holders(t) for t in tensors]
+    collective()
+    if any(t.device.type != "cpu" for t in tensors):
+        return  # on a GPU the allocator takes memory back in the order of streams
+    # Somebody else may keep them for good: a mode that records calls, for example.
+    deadline = time.monotonic() + LET_GO_SECONDS
+    while any(_holders(t) > n for t, n in zip(tensors, before, strict=True)):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0)
+
+
+def _holders(tensor: Tensor) -> int:
+    """References to a tensor and, from it and its views, to its bytes."""
+    storage = tensor.untyped_storage()
+    return tensor._use_count() + torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

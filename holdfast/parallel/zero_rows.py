@@ -1,8 +1,10 @@
 """ZeRO stage 3: torch's FSDP2 splits, gathers and reduces; the optimizer steps this rank's rows."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from holdfast import attach
 from holdfast.errors import UsageError
 from holdfast.parallel.shard_optimizer import Make, ShardOptimizer, Unit
-from holdfast.parallel.sharded import Sharded
+from holdfast.parallel.sharded import Sharded, until_let_go
 
 
 class _Row(Unit):
@@ -36,6 +38,38 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local().detach().view(-1)
 
 
+class _Comm:
+    """What FSDP asks for its buffers; they are let go as soon as it drops them."""
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+class _Gather(_Comm):
+    def __call__(self, output_tensor, input_tensor, group, async_op=False) -> dist.Work | None:
+        gather = partial(
+            dist.all_gather_single, output_tensor, input_tensor, group=group, async_op=async_op
+        )
+        if async_op:
+            return gather()
+        return until_let_go(gather, output_tensor, input_tensor)
+
+
+class _Reduce(_Comm):
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> dist.Work | None:
+        reduce = partial(
+            dist.reduce_scatter_single,
+            output_tensor,
+            input_tensor,
+            op=op,
+            group=group,
+            async_op=async_op,
+        )
+        if async_op:
+            return reduce()
+        return until_let_go(reduce, output_tensor, input_tensor)
+
+
 class Rows(ShardOptimizer):
     """Stage 3: torch's FSDP2 gathers, frees and reduces; the optimizer steps the local rows."""
 
@@ -56,7 +90,9 @@ class Rows(ShardOptimizer):
         policy = _in_full_precision(model)
         names = {id(p): name for name, p in model.named_parameters()}
         for module in (*units, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+            sharded.set_custom_all_gather(_Gather())
+            sharded.set_custom_reduce_scatter(_Reduce())
         now = dict(model.named_parameters())
         groups = [{**g, "params": [now[names[id(p)]] for p in g["params"]]} for g in groups]
         ranks = mesh.get_group()

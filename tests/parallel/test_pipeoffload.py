@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from holdfast.errors import UsageError
+from holdfast.meter import Meter, open_storages
 from holdfast.parallel.launch import launch
 from holdfast.parallel.offload_plan import StageCost
 from holdfast.parallel.pipeoffload import pipeoffload
@@ -80,6 +81,29 @@ COUNTS = {
 }
 
 
+def _beyond(pipe, micros: int) -> list[int]:
+    """Bytes that are neither saved nor at a boundary, whenever an action of a step begins."""
+    keeper, runtime = pipe._keeper, pipe._keeper.runtime
+    batch = _batch(micros)
+    original, found = keeper.before, []
+    meter = Meter(nn.ModuleList(pipe.chunks), inputs=batch)
+
+    def before(action) -> None:
+        original(action)
+        tensors = [op.tensor for _, _, operations in runtime._sent for op in operations]
+        for stage in runtime._stages:
+            for infos in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
+                tensors += [i.buffer for i in infos if getattr(i, "buffer", None) is not None]
+        boundary = sum(s.nbytes() for s in {s._cdata: s for s in open_storages(tensors)}.values())
+        saved = sum(store.device_bytes for stores in keeper.stores.values() for store in stores)
+        found.append(meter._storages.live_bytes() - meter.base - saved - boundary)
+
+    keeper.before = before
+    with meter:
+        pipe.step(*batch)
+    return found
+
+
 def _run(chunks: int, micros: int, options: dict, costs) -> dict:
     rank = dist.get_rank()
     parts = _parts(chunks * RANKS)
@@ -97,6 +121,7 @@ def _run(chunks: int, micros: int, options: dict, costs) -> dict:
     )
     trace = pipe.predicted
     return {
+        "beyond": [] if options.get("split_backward", True) else _beyond(pipe, micros),
         "grads": grads,
         "twice": twice,
         "again": (first.chunks, first.device_bytes, first.host_bytes)
@@ -151,6 +176,15 @@ def test_simulated_bytes_are_the_measured_ones(runs, name):
         assert run["device"] == run["measured"].device_bytes
         assert run["host"] == run["measured"].host_bytes
         assert run["resident"] == 0, "something stayed in the arena"
+
+
+@pytest.mark.parametrize("name", ["interleaved", "1f1b", "bfs"])
+def test_a_rank_holds_what_is_saved_and_what_is_at_its_boundaries(runs, name):
+    chunks, micros, _ = CASES[name]
+    for run in runs[name]:
+        # Of an output that was sent and an input that was saved one element stays; and the losses.
+        assert len(run["beyond"]) == 2 * chunks * micros
+        assert 0 <= min(run["beyond"]) <= max(run["beyond"]) <= 3 * 8 * chunks * micros
 
 
 def test_profiling_finds_the_sizes_that_the_costs_state(runs):

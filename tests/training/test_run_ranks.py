@@ -16,8 +16,6 @@ from holdfast.training.data import DataSource
 from holdfast.training.run import Run, Settings
 
 LAYERS, SEQUENCE, BATCH, STEPS = 4, 32, 8, 4
-# Attention with two key-value heads of four, three matrices of the MLP, two norms; in fp32.
-LAYER_BYTES = 4 * (3 * 48 * 48 + 3 * 48 * 96 + 2 * 48)
 WAYS = {
     "replicas": {"data": 2},
     "zero 1": {"data": 2, "zero": 1},
@@ -116,14 +114,8 @@ def alone(folder) -> dict[bool, dict]:
 def test_every_rank_holds_what_its_rehearsal_predicted(reports, name):
     for rank in reports[name]["ranks"]:
         predicted, measured = rank["predicted"], rank["measured"]
-        if name != "zero 3":
-            assert measured["by_category"] == predicted["by_category"]
-            assert measured["peak_bytes"] == predicted["peak_bytes"] > 0
-            continue
-        # gloo's own thread lets go of what FSDP gathered a little later than the step.
-        for category in ("parameters", "gradients", "optimizer"):
-            assert measured["by_category"][category] == predicted["by_category"][category]
-        assert 0 <= measured["peak_bytes"] - predicted["peak_bytes"] <= LAYER_BYTES
+        assert measured["by_category"] == predicted["by_category"]
+        assert measured["peak_bytes"] == predicted["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize("name", WAYS)
