@@ -180,3 +180,13 @@ def test_named_methods_are_used_and_no_others():
 def test_named_methods_that_cannot_be_used_are_refused(named, message):
     with pytest.raises(UsageError, match=message):
         fit(CONFIG, "1GiB", sequence=16, methods=named, hardware="cpu-2core")
+
+
+@pytest.mark.parametrize("depth", [3, 5, 7])
+def test_of_equally_fast_plans_the_plainer_one_is_taken(depth):
+    # The same times, summed in another order where updates run in backward.
+    config = LlamaConfig(**{**CONFIG.to_dict(), "num_hidden_layers": depth})
+    options = {"task": "pretrain", "sequence": 32, "allow": "exact", "dtype": "float32"}
+    plan = fit(config, "1GiB", hardware="cpu-2core", **options)
+    assert plan.spec.methods.gradients == "step"
+    assert set(plan.spec.methods.blocks.values()) == {f"keep*{depth}"}
