@@ -11,7 +11,16 @@ from holdfast import host, native
 from holdfast.files import write_text
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-PACKAGES = ("torch", "transformers", "peft", "torchao", "galore-torch", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "pulp",
+    "peft",
+    "torchao",
+    "galore-torch",
+    "bitsandbytes",
+)
 HEAD = "# Results\n\nEach section is written by its benchmark, run with `--write`.\n"
 
 
