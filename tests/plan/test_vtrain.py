@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from holdfast.checks.plan.vtrain import WITHIN, behind
 from holdfast.errors import UsageError
 from holdfast.meter import Meter
 from holdfast.plan.apply import set_option
@@ -351,3 +352,20 @@ def test_the_best_model_is_chosen_by_what_devices_reach():
     assert found[1].loss_at_peak < found[0].loss_at_peak and found[0].loss < found[1].loss
     with pytest.raises(UsageError, match="give at least one and some time"):
         compute_optimal({}, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.02, 1.1])
+def test_a_race_on_a_busy_machine_tells_who_is_slower(slower):
+    draw = random.Random(0)
+    times = {0: [], 1: [], 2: []}
+    for _ in range(64):
+        load = draw.choice([1.0, 1.0, 1.5, 4.0])  # of the whole round
+        for i, seconds in enumerate((slower, 1.0, 1.3)):
+            hit = 3.0 if draw.random() < 0.1 else 1.0
+            times[i].append(load * seconds * hit * draw.gauss(1.0, 0.01))
+    low, middle, high = behind(times, 0)
+    assert 1.0 <= low <= middle <= high
+    assert middle == pytest.approx(slower, abs=0.01)
+    assert low > WITHIN if slower > WITHIN else high <= WITHIN
+    assert behind(times, 2)[0] > WITHIN
+    assert behind({0: [slower] * 6, 1: [1.0] * 6}, 0) == (slower,) * 3
