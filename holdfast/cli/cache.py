@@ -9,10 +9,7 @@ from holdfast import cli
 from holdfast.cli.cache_lengthen import lengthen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from holdfast.context.cache.policy import CachePolicy
-    from holdfast.forms.base import Form
 
 app = typer.Typer(
     help="Caches of bounded size: policies, their quality per byte, longer encoders.",
@@ -100,7 +97,7 @@ def compare(
         net, words = load(model, tokenizer=tokenizer, device=device, dtype=dtype)
         document = comparison.run(
             net, words, data, sizes, policies=policy, forms=form.split(","), tokens=tokens,
-            texts=texts, seed=seed, out=out, form_of=stored_form, make=make_policy,
+            texts=texts, seed=seed, out=out,
         )  # fmt: skip
     if json:
         cli.print_json(document)
@@ -120,19 +117,6 @@ def make_policy(name: str, options: list[str] | None = None) -> "CachePolicy":
             raise UsageError(f"--option {text}: write name=value, for example sinks=8")
         given[option.strip().replace("-", "_")] = _value(value.strip())
     return find(name, **given)
-
-
-def stored_form(name: str, model: "PreTrainedModel") -> "Form | None":
-    """The form called dense, int8 or int4, with groups that fit the model's heads."""
-    from holdfast.errors import unknown
-    from holdfast.forms.affine import Int4, Int8
-
-    config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    forms = {"dense": None, "int8": Int8(), "int4": Int4(group=min(64, width & -width))}
-    if name not in forms:
-        raise unknown("form", name, forms)
-    return forms[name]
 
 
 def _value(text: str) -> Any:

@@ -53,8 +53,9 @@ def chat(
 
     Example: holdfast chat runs/small --context-budget 4MiB --policy sinks_recent
     """
-    from holdfast.cli.cache import make_policy, stored_form
+    from holdfast.cli.cache import make_policy
     from holdfast.context.cache.bounded import BoundedCache
+    from holdfast.context.cache.forms import stored_form
     from holdfast.context.chat import Conversation
     from holdfast.context.loading import load as load_model
     from holdfast.context.sampling import Sampler

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,8 +23,10 @@ def fit(
         ),
     ],
     budget: Annotated[str, typer.Option(help="Bytes, for example 24GiB or device=24GiB,disk=1TB.")],
-    task: Annotated[str, typer.Option(help="finetune or pretrain.")] = "finetune",
-    batch: Annotated[int, typer.Option(help="Sequences in one optimizer step.")] = 1,
+    task: Annotated[str, typer.Option(help="finetune, pretrain or serve.")] = "finetune",
+    batch: Annotated[
+        int, typer.Option(help="Sequences in one optimizer step; to serve: requests at once.")
+    ] = 1,
     sequence: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 1024,
     tune: Annotated[
         str | None,
@@ -48,6 +50,10 @@ def fit(
     devices: Annotated[int, typer.Option(help="Devices, each with this budget.")] = 1,
     clip: Annotated[float | None, typer.Option(help="Clip the global gradient norm.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Recorded in the plan.")] = 1e-3,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="To serve: cache policies to choose from [default: all untrained ones]."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where the plan is written.")] = Path("plan.yaml"),
     explain: Annotated[bool, typer.Option("--explain", help="What binds and what helps.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -57,6 +63,8 @@ def fit(
     Example: holdfast fit llama-3.1-8b --budget 24GiB --sequence 4096
 
     Example: holdfast fit llama-3.2-1b --devices 4 --budget 16GiB --batch 32 --task pretrain
+
+    Example: holdfast fit llama-3.1-8b --task serve --budget 24GiB --batch 8 --sequence 8192
     """
     from holdfast.budget import Budget
     from holdfast.plan import fit as planner
@@ -66,6 +74,13 @@ def fit(
     from holdfast.plan.skeletons import Request
     from holdfast.units import parse_bytes
 
+    if task == "serve":
+        _fit_serve(
+            json, model=model, budget=Budget.parse(budget), batch=batch, sequence=sequence,
+            allow=allow, dtype=dtype, hardware=hardware, policies=tuple(policy or ()),
+            reserve=None if reserve is None else parse_bytes(reserve),
+        )  # fmt: skip
+        return
     with cli.stdout_is_json(json):
         settings = training(learning_rate=learning_rate, clip=clip)
         request = Request(
@@ -109,6 +124,28 @@ def fit(
             document = report.document(fitter, best, plan, front)
     if best is not None and not json:
         report.show(fitter, best, plan, front, out, explain=explain)
+        return
+    cli.print_json(document)
+    if best is None:
+        raise typer.Exit(DoesNotFit.exit_code)
+
+
+def _fit_serve(json: bool, **asked: Any) -> None:
+    from holdfast.plan import serve, serve_report
+
+    with cli.stdout_is_json(json):
+        server = serve.Server(serve.Serve(**asked))
+        found = list(server.choices())
+        best = server.best(found)
+        if best is None:
+            error = serve_report.does_not_fit(server)
+            if not json:
+                raise error
+            document = error.details
+        else:
+            document = serve_report.document(server, best, found)
+    if best is not None and not json:
+        serve_report.show(server, best, found)
         return
     cli.print_json(document)
     if best is None:

@@ -7,12 +7,11 @@ token; what no longer is in the cache cannot be continued.
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from holdfast.context.cache.bounded import BoundedCache, fingerprint
+from holdfast.context.cache.forms import stored_form
+from holdfast.context.cache.policies import find, untrained
 from holdfast.context.cache.policies import policies as known_policies
 from holdfast.context.cache.policy import CachePolicy
 from holdfast.context.stream import surprisals
@@ -46,8 +47,6 @@ def run(
     texts: int,
     seed: int,
     out: Path,
-    form_of: Callable[[str, PreTrainedModel], Form | None],
-    make: Callable[[str], CachePolicy],
 ) -> dict[str, Any]:
     """Measure every policy at every budget and write table, plot and JSON to `out`.
 
@@ -59,7 +58,7 @@ def run(
     for name in policies or ():
         if name not in known:
             raise unknown("cache policy", name, known)
-    names = list(policies or (name for name, cls in known.items() if _needs_nothing(cls)))
+    names = list(policies or untrained())
     ids = windows(tokenizer, data, tokens, texts, seed).to(model.device)
     job = {
         "model": fingerprint(model),
@@ -82,7 +81,7 @@ def run(
         if row is None:
             size = "no limit" if budget is None else format_bytes(budget)
             print(f"[{number}/{len(wanted)}] {name} {form} {size}", file=sys.stderr)
-            row = _measure(model, ids, make(name), form_of(form, model), budget, seed)
+            row = _measure(model, ids, find(name), stored_form(form, model), budget, seed)
             row = {"policy": name, "form": form, "budget_bytes": budget, **row}
         rows.append(row)
         write_text(path, json.dumps({"job": job, "rows": rows}, indent=2) + "\n")
@@ -177,11 +176,6 @@ def _recall(model: PreTrainedModel, ids: Tensor, cache: BoundedCache, seed: int)
 def _positions(cache: BoundedCache, ids: Tensor) -> Tensor:
     first = 0 if cache.policy.rotates else cache.get_seq_length()
     return torch.arange(first, first + ids.shape[1], device=ids.device)[None]
-
-
-def _needs_nothing(cls: type[CachePolicy]) -> bool:
-    parameters = inspect.signature(cls).parameters.values()
-    return all(parameter.default is not parameter.empty for parameter in parameters)
 
 
 def _earlier(path: Path, job: dict[str, Any]) -> dict[tuple[str, str, int | None], dict[str, Any]]:

@@ -66,10 +66,10 @@ class Rope:
         x = torch.linspace(-1, 1, 3 * self.width, device=device).view(1, 1, 3, -1)
         positions = torch.tensor([[0, 1, 5]], device=device)
         # A copy, because some modules change their frequencies with what they are asked.
-        probe = Rope(copy.deepcopy(self.module), self.width, self.layout, self.layer_type)
+        probe = Rope(_duplicate(self.module), self.width, self.layout, self.layer_type)
         cos, sin = _embed(probe.module, x, positions, self.layer_type)
         want = apply(x, x, cos, sin)[0]
-        return torch.allclose(probe.rotate(x, positions[:, None]), want, atol=1e-5)
+        return bool(((probe.rotate(x, positions[:, None]) - want).abs() <= 1e-5).all())
 
     def table(self, positions: Tensor) -> Tensor:
         """cos and sin, scaled as the model scales them: positions (...) -> (2,...,width/2) fp32."""
@@ -82,7 +82,7 @@ class Rope:
 
         Types such as dynamic NTK change their frequencies with the length.
         """
-        module = copy.deepcopy(self.module)
+        module = _duplicate(self.module)
         frequencies = _frequencies(module, self.layer_type)
         end = torch.tensor([[length - 1]], device=frequencies.device)
         _embed(module, frequencies, end, self.layer_type)
@@ -135,6 +135,15 @@ def find(model: nn.Module, layer_type: str | None = None) -> tuple[nn.Module, st
         if layer_type is not None and f"{layer_type}_inv_freq" in names:
             return module, layer_type
     return None
+
+
+def _duplicate(module: nn.Module) -> nn.Module:
+    """A copy with buffers of its own; unlike a deep copy it also works on fake tensors."""
+    twin = copy.copy(module)
+    twin._buffers = {
+        name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()
+    }
+    return twin
 
 
 def _attribute(module: nn.Module, name: str, layer_type: str | None, default: float | None = None):

@@ -58,14 +58,11 @@ def prefill_chunks(
         raise UsageError(f"ids of shape {tuple(ids.shape)}: expected (B,n) with at least one token")
     cache.settle(ids.shape[0], cache.shape.dtype)
     start = 0
-    suffix = cache.policy.catalyst if suffix is None else suffix
     while start < ids.shape[1]:
         step = min(chunk or cache.chunk, cache.chunk)
         part = ids[:, start : start + step]
         valid = None if mask is None else mask[:, start : start + step]
-        if suffix is not None:
-            make_room(model, suffix, cache, part.shape[1])
-        before = read(model, part, cache, mask=valid, before=before)
+        before = read(model, part, cache, mask=valid, before=before, question=suffix)
         start += part.shape[1]
         if on_chunk is not None:
             on_chunk(part.shape[1])
@@ -74,20 +71,31 @@ def prefill_chunks(
 
 def read(
     model: PreTrainedModel, ids: Tensor, cache: BoundedCache, *, mask: Tensor | None = None,
-    before: Tensor | None = None,
+    before: Tensor | None = None, question: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """One forward pass over ids (B,n); returns the logits (B,V) of what comes next."""
+    """One forward pass over ids (B,n); returns the logits (B,V) of what comes next.
+
+    Args:
+        mask: (B,n), 0 for padding on the left.
+        before: (B,V) logits that predicted the first token.
+        question: (S,) or (B,S) ids that choose what stays (`make_room`), by default the policy's
+            catalyst.
+    """
     learns = cache.policy.observes
-    logits = _forward(model, ids, cache, mask, every=learns)
+    logits = _forward(model, ids, cache, mask, question, every=learns)
     if learns:
         cache.observe(surprisal(logits, ids, before))
     return logits[:, -1].clone()
 
 
 def _forward(
-    model: PreTrainedModel, ids: Tensor, cache: BoundedCache, mask: Tensor | None, *, every: bool
-) -> Tensor:
+    model: PreTrainedModel, ids: Tensor, cache: BoundedCache, mask: Tensor | None = None,
+    question: Tensor | None = None, *, every: bool,
+) -> Tensor:  # fmt: skip
     """Logits (B,n,V), or (B,1,V) of the last token unless `every`."""
+    question = cache.policy.catalyst if question is None else question
+    if question is not None and not cache.asking:
+        make_room(model, question, cache, ids.shape)
     n = ids.shape[1]
     first = 0 if cache.policy.rotates else cache.get_seq_length()
     # Where keys are un-rotated any position will do; rows that are padded on the left count from
@@ -113,7 +121,7 @@ def surprisals(
     cache.settle(ids.shape[0], cache.shape.dtype)
     before, found = None, []
     for part in ids.split(cache.chunk, 1):
-        logits = _forward(model, part, cache, None, every=True)
+        logits = _forward(model, part, cache, every=True)
         found.append(surprisal(logits, part, before))
         if cache.policy.observes:
             cache.observe(found[-1])
@@ -123,16 +131,22 @@ def surprisals(
     return torch.cat(found, 1)
 
 
-def make_room(model: PreTrainedModel, question: Tensor, cache: BoundedCache, more: int) -> None:
-    """If `more` tokens and a question (S,) or (B,S) do not fit, ask it and drop entries."""
-    room = more + question.shape[-1]
+def make_room(
+    model: PreTrainedModel, question: Tensor, cache: BoundedCache, shape: torch.Size
+) -> None:
+    """If ids of shape (B,n) and then a question (S,) or (B,S) do not fit, ask it and drop entries.
+
+    So the question sees all that may be dropped, and there is always room to ask it.
+    """
+    cache.settle(shape[0], cache.shape.dtype)
+    room = shape[1] + question.shape[-1]
     if room >= cache.capacity:
         raise UsageError(
-            f"{more} tokens and a question of {question.shape[-1]} leave no entry of "
+            f"{shape[1]} tokens and a question of {question.shape[-1]} leave no entry of "
             f"{cache.capacity}; use smaller chunks, a shorter question or a larger budget"
         )
     if max(layer.length for layer in cache.bounded) + room > cache.capacity:
-        ask(model, question.to(model.device).expand(cache.shape.batch, -1), cache)
+        ask(model, question.to(model.device).expand(shape[0], -1), cache)
         for layer in cache.bounded:
             layer.compress(cache.policy.stay(cache.capacity, room))
 
@@ -183,10 +197,7 @@ def stream(
         tokens: how many steps.
         sample: logits (B,V) -> ids (B,); greedy by default.
     """
-    catalyst = cache.policy.catalyst
     for _ in range(tokens):
         ids = logits.argmax(-1) if sample is None else sample(logits)
         yield ids
-        if catalyst is not None:
-            make_room(model, catalyst, cache, 1)
         logits = read(model, ids[:, None], cache, before=logits)

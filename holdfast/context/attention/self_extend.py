@@ -39,6 +39,7 @@ class SelfExtend(CachePolicy):
 
     keeps_index = True
     at_slots = False
+    drops = False
 
     def __init__(
         self, *, group: int = 8, window: int | None = None, evict: CachePolicy | str | None = None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from holdfast.context import interface
 from holdfast.context.cache.deferred import NAME, DeferredLayer
 from holdfast.context.cache.layer import CHUNK, BoundedLayer
 from holdfast.context.cache.policy import CachePolicy, CacheShape
-from holdfast.context.cache.slots import BLOCK, vector_nbytes, write_scratch
+from holdfast.context.cache.slots import block, vector_nbytes, write_scratch
 from holdfast.context.rope import Rope
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.files import sync_directory, write_tensors
@@ -40,7 +41,7 @@ class BoundedCache(Cache):
         self.policy, self.form, self.place = policy, form, place
         self.budget, self._tokens, self._chunk = budget, tokens, chunk
         self.config = model.config.get_text_config(decoder=True)
-        self.fingerprint = fingerprint(model)
+        self._model = weakref.ref(model)
         self._tables: dict[Rope, Tensor] = {}
         self._back: tuple[Tensor | None, dict[Rope, Tensor]] = (None, {})
         self.capacity = self.chunk = 0
@@ -183,6 +184,17 @@ class BoundedCache(Cache):
         self.policy.check(low, chunk)
         return low, chunk
 
+    def allocate(self, batch: int) -> None:
+        """Allocate slots and tables now, and not in the first forward pass."""
+        shape = self.settle(batch, self.shape.dtype)
+        like = {"dtype": shape.dtype, "device": self._device}
+        k = torch.empty(batch, shape.heads, 0, shape.key_width, **like)
+        q = torch.empty(batch, shape.query_heads, 0, shape.key_width, **like)
+        for layer in self.bounded:
+            layer._allocate(q, k, k)
+            if layer._rope is not None and self.policy.at_slots:
+                self.table(layer._rope)
+
     def predict(self, capacity: int, chunk: int) -> int:
         """Bytes at the peak with so many entries: slots, tables, and choosing what stays."""
         total = self.predict_held(capacity) + self._scratch(capacity, chunk) + self._others(chunk)
@@ -211,7 +223,7 @@ class BoundedCache(Cache):
         )
         # Rows of different length: where every token of a chunk comes from and goes to.
         uneven = 48 * shape.batch * chunk
-        choose = self.policy.scratch(shape, capacity) + rows * min(BLOCK, capacity) * move
+        choose = self.policy.scratch(shape, capacity) + rows * block(capacity) * move
         return max(choose, write + uneven)
 
     def _others(self, chunk: int) -> int:
@@ -239,6 +251,12 @@ class BoundedCache(Cache):
         if rope not in self._back[1]:
             self._back[1][rope] = rope.inverse_table(positions)[:, :, None]
         return self._back[1][rope]
+
+    def fingerprint(self) -> str:
+        model = self._model()
+        if model is None:
+            raise UsageError("the model of this cache is gone; keep it while the cache is used")
+        return fingerprint(model)
 
     def observe(self, nats: Tensor) -> None:
         """Tell the policy how surprising the tokens just read were: (B,n) nats, NaN unknown."""
@@ -277,8 +295,9 @@ class BoundedCache(Cache):
     def meta(self) -> dict[str, Any]:
         """Counts and identity, ready for JSON."""
         return {
-            "format": 1, "model": self.fingerprint, "policy": self.policy.identity(),
-            "form": repr(self.form), "seen": [layer.seen for layer in self.bounded],
+            "format": 1, "model": self.fingerprint(), "policy": self.policy.identity(),
+            "form": repr(self.form), "capacity": self.capacity,
+            "seen": [layer.seen for layer in self.bounded],
             "counts": [layer.counts for layer in self.bounded],
             "read": [layer.read for layer in self.bounded],
         }  # fmt: skip
@@ -325,18 +344,18 @@ class BoundedCache(Cache):
             rows, most = len(meta["counts"][0]), max(map(max, meta["counts"]))
             if not self.capacity:
                 self.settle(rows, self.shape.dtype)
+            if not self.policy.resizes and meta["capacity"] != self.capacity:
+                raise UsageError(
+                    f"{path} was saved with {meta['capacity']} entries, this cache has "
+                    f"{self.capacity}, which are parted otherwise; give it the same budget"
+                )
             if most > self.capacity or rows != self.shape.batch:
                 raise UsageError(
                     f"{path} holds {most} entries in {rows} rows, this cache has room for "
                     f"{self.capacity} in {self.shape.batch}; raise the budget"
                 )
+            self.allocate(rows)
             for number, layer in enumerate(self.bounded):
-                shape = self.shape
-                like = torch.empty(
-                    rows, shape.heads, 0, shape.key_width, dtype=shape.dtype, device=self._device
-                )
-                query = like.new_empty(rows, shape.query_heads, 0, shape.key_width)
-                layer._allocate(query, like, like)
                 for name, tensor in layer.slots.tensors.items():
                     saved = file.get_tensor(f"{number}.{name}")
                     tensor[:, :, : saved.shape[2]] = saved.to(tensor.device)

@@ -21,8 +21,13 @@ _next: ContextVar["DeferredLayer | None"] = ContextVar("next", default=None)
 
 
 class DeferredLayer(CacheLayerMixin):
-    """Base of cache layers that do their work in the attention function "holdfast"."""
+    """Base of cache layers that do their work in an attention function.
 
+    Attributes:
+        attention: the name of that function, "holdfast" or another that asks `waiting`.
+    """
+
+    attention = NAME
     is_sliding = False
     is_croppable = False
     supports_early_init = False
@@ -53,7 +58,8 @@ class DeferredLayer(CacheLayerMixin):
         if self._waiting is not None:
             raise UsageError(
                 "this cache got new keys, but nobody attended to the last ones: the model does "
-                f"not use the attention {NAME!r}; call model.set_attn_implementation({NAME!r})"
+                f"not use the attention {self.attention!r}; call "
+                f"model.set_attn_implementation({self.attention!r})"
             )
         self._waiting = key_states
         _next.set(self)
@@ -90,14 +96,20 @@ class DeferredLayer(CacheLayerMixin):
         )
 
 
+def waiting(keys: Tensor) -> DeferredLayer | None:
+    """The layer that was updated with these keys, if any: what attends to them asks once."""
+    layer = _next.get()
+    _next.set(None)
+    return layer if layer is not None and layer.takes(keys) else None
+
+
 def _attend(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, visible: Visible, *,
     scaling: float, dropout: float = 0.0, position_ids: Tensor | None = None,
     sliding_window: int | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    layer = _next.get()
-    _next.set(None)
-    if layer is None or not layer.takes(k):
+    layer = waiting(k)
+    if layer is None:
         seed = int(torch.randint(2**31, ())) if dropout else 0
         out, _ = kernels.attention_with_lse(
             q, k, v, mask=visible.mask, scale=scaling, dropout=dropout, seed=seed

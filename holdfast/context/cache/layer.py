@@ -188,6 +188,15 @@ class BoundedLayer(DeferredLayer):
         k = self.stored_keys(at)
         return k if self._rope is None else self.turn(k, self.cache.table(self._rope)[:, at])
 
+    def just_stored(self, new: New) -> tuple[Tensor, Tensor]:
+        """Keys and values (B,H,n,d) of entries just appended, as stored; of padding any."""
+        if new.start is not None:
+            at = slice(new.start, new.start + new.count)
+            return self.stored_keys(at), self.stored_values(at)
+        assert self.slots is not None
+        index = new.slots.clamp(min=0)[:, None].expand(-1, self.heads, -1)
+        return self.slots.take("keys", index), self.slots.take("values", index)
+
     def stored_values(self, at: slice) -> Tensor:
         assert self.slots is not None
         return self.slots.read("values", at)
@@ -298,6 +307,7 @@ class BoundedLayer(DeferredLayer):
         """Rows that are `over` keep their best `keep` entries, the others all."""
         assert self.slots is not None
         source = self.policy.select(self, keep)
+        self.policy.absorb(self, over, keep)
         counts = [
             min(count, keep) if full else count
             for count, full in zip(self.counts, over, strict=True)

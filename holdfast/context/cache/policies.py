@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from holdfast import catalogue
@@ -28,6 +29,11 @@ def policies() -> dict[str, type[CachePolicy]]:
     return found
 
 
+def untrained() -> dict[str, type[CachePolicy]]:
+    """Those that work with their default options alone."""
+    return {name: cls for name, cls in policies().items() if not _missing(cls, ())}
+
+
 def find(name: str, **options: Any) -> CachePolicy:
     """A policy by its name, with the options of its class.
 
@@ -41,14 +47,15 @@ def find(name: str, **options: Any) -> CachePolicy:
     for option in options:
         if option not in accepted:
             raise unknown(f"option of {name}", option, accepted)
-    missing = [
-        option
-        for option, parameter in accepted.items()
-        if parameter.default is parameter.empty and option not in options
-    ]
+    missing = _missing(known[name], options)
     if missing:
         raise UsageError(f"policy {name} needs {', '.join(missing)}, which has no default")
     return known[name](**options)
+
+
+def _missing(cls: type[CachePolicy], given: Iterable[str]) -> list[str]:
+    parameters = inspect.signature(cls).parameters.items()
+    return [o for o, p in parameters if p.default is p.empty and o not in given]
 
 
 def _policy_in(module: str) -> type[CachePolicy] | None:

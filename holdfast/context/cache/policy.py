@@ -67,6 +67,7 @@ class CachePolicy:
         per_head: heads choose differently.
         observes: wants to know how surprising each token was (`observe`).
         drops: ever drops entries; if not, more than fit are an error.
+        resizes: a saved cache can go on with another capacity.
         catalyst: ids (S,) that are read whenever entries must be dropped, and then forgotten, so
             that `attended` sees while `cache.asking` what they attend to (`stream.make_room`).
         at_slots: entries are looked at where their slots are (what `attend` does by default), for
@@ -79,6 +80,7 @@ class CachePolicy:
     per_head = False
     observes = False
     drops = True
+    resizes = True
     at_slots = True
     catalyst: Tensor | None = None
 
@@ -106,6 +108,9 @@ class CachePolicy:
     def select(self, layer: "BoundedLayer", keep: int) -> Tensor:
         """Slots that stay: (B,H|1,keep) int64 ascending, of rows that hold at least `keep`."""
         return top_slots(self.score(layer), keep, layer.filled())
+
+    def absorb(self, layer: "BoundedLayer", over: list[bool], keep: int) -> None:
+        """Before `select`ed entries alone stay in rows that are `over`: they may take up others."""
 
     def attend(self, layer: "BoundedLayer", q: Tensor, new: "New", scaling: float) -> Tensor:
         """q (B,Hq,n,d), un-rotated if `rotates`, of entries just appended -> (B,Hq,n,dv)."""
@@ -243,14 +248,16 @@ def mass_scratch(shape: CacheShape, capacity: int) -> int:
     return shape.batch * (pairs + keys + 4 * shape.heads * capacity)
 
 
-def unasked_last(mass: Tensor, sinks: int = 4) -> Tensor:
+def unasked_last(mass: Tensor, filled: Tensor | None = None, sinks: int = 4) -> Tensor:
     """What questions gave to entries, (B,H,m) fp32, as scores: entries to drop have low ones.
 
     An entry of exactly 0 is newer than the last question. It outlasts those which that question
-    saw, as the first `sinks` do, among which attention would collapse. Where nobody asked, ties
-    that keep the later slot leave sinks and recent entries.
+    saw, as the first `sinks` then do, without which attention would collapse. Where nobody asked,
+    ties that keep the later slot leave sinks and recent entries.
     """
     new = mass == 0
+    if filled is not None:
+        new &= filled
     scores = mass.masked_fill(new, torch.finfo(mass.dtype).max)
     scores[..., :sinks].masked_fill_(new.any(-1, keepdim=True), math.inf)
     return scores

@@ -11,8 +11,8 @@ from holdfast.errors import UsageError
 from holdfast.forms.base import Form
 from holdfast.forms.packed import Packed
 
-# Entries that are moved, and written, at a time: what bounds scratch.
-BLOCK, PIECE = 64, 16
+# Entries that are encoded at a time: what bounds scratch.
+PIECE = 16
 
 
 class Slots:
@@ -48,8 +48,9 @@ class Slots:
 
     def write(self, name: str, start: int, x: Tensor) -> None:
         """x (B,H,n,w) into slots `start` and following of every row."""
-        for at in range(0, x.shape[2], PIECE):
-            piece = x[:, :, at : at + PIECE]
+        step = x.shape[2] if self._forms[name][0] is None else PIECE
+        for at in range(0, x.shape[2], step):
+            piece = x[:, :, at : at + step]
             to = slice(start + at, start + at + piece.shape[2])
             for part, values in self._encode(name, piece).items():
                 self.tensors[part][:, :, to].copy_(values, non_blocking=True)
@@ -64,11 +65,34 @@ class Slots:
 
     def read(self, name: str, at: slice) -> Tensor:
         """(B,H,n,w) of a range of slots; a view where nothing has to be decoded or brought."""
+        return self._decode(name, {part: self.tensors[part][:, :, at] for part in self._of(name)})
+
+    def take(self, name: str, slots: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(R,H,n,w) of slots (R,H,n) int64, which heads may choose differently, of some rows."""
+        parts = {}
+        for part in self._of(name):
+            tensor = self.tensors[part][rows]
+            index = slots.to(tensor.device)[..., None].expand(-1, -1, -1, tensor.shape[3])
+            parts[part] = tensor.gather(2, index)
+        return self._decode(name, parts)
+
+    def give(self, name: str, slots: Tensor, x: Tensor, rows: slice = slice(None)) -> None:
+        """x (R,H,n,w) into slots (R,H,n) int64 of some rows."""
+        for at in range(0, x.shape[2], PIECE):
+            piece = slice(at, at + PIECE)
+            for part, values in self._encode(name, x[:, :, piece]).items():
+                tensor = self.tensors[part][rows]
+                index = slots[:, :, piece, None].expand(-1, -1, -1, tensor.shape[3])
+                values = values.to(tensor.device, tensor.dtype)
+                tensor.scatter_(2, index.to(tensor.device), values)
+
+    def _of(self, name: str) -> list[str]:
         form, width, dtype = self._forms[name]
-        parts = {
-            part: self.tensors[part][:, :, at].to(self.device, non_blocking=True)
-            for part in columns(name, width, dtype, form)
-        }
+        return list(columns(name, width, dtype, form))
+
+    def _decode(self, name: str, parts: dict[str, Tensor]) -> Tensor:
+        form, width, dtype = self._forms[name]
+        parts = {part: t.to(self.device, non_blocking=True) for part, t in parts.items()}
         if form is None:
             return parts[name]
         shape = (*next(iter(parts.values())).shape[:3], width)
@@ -89,16 +113,17 @@ class Slots:
             at = source.to(tensor.device).expand(-1, tensor.shape[1], -1)
             # What a block reads lies at its own slots or behind them, so blocks before it can be
             # overwritten already.
-            for start in range(0, at.shape[2], BLOCK):
-                index = at[:, :, start : start + BLOCK, None].expand(-1, -1, -1, tensor.shape[3])
+            step = block(self.capacity)
+            for start in range(0, at.shape[2], step):
+                index = at[:, :, start : start + step, None].expand(-1, -1, -1, tensor.shape[3])
                 tensor[:, :, start : start + index.shape[2]] = tensor.gather(2, index)
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] is: (B,) int64."""
         for tensor in self.tensors.values():
             index = rows.to(tensor.device)
-            for start in range(0, self.capacity, BLOCK):
-                part = tensor[:, :, start : start + BLOCK]
+            for start in range(0, self.capacity, block(self.capacity)):
+                part = tensor[:, :, start : start + block(self.capacity)]
                 part.copy_(part.index_select(0, index))
 
     def select(self, rows: Tensor) -> None:
@@ -113,6 +138,11 @@ class Slots:
             return {name: x}
         buffers = form.encode(x.to(dtype).contiguous(), check=False).to_buffers()
         return {f"{name}.{part}": t.view(*x.shape[:3], -1) for part, t in buffers.items()}
+
+
+def block(capacity: int) -> int:
+    """Entries that are moved at a time."""
+    return min(capacity, max(64, capacity // 16))
 
 
 def columns(
