@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt holdfast/native/*.cp
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt setuptools wheel numpy
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,plots,peft,privacy]"
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,plots,peft,privacy,serve]"
 	touch $@
 
 demo: install

@@ -11,7 +11,7 @@ Departs  who has waited `patience` iterations goes first, and nobody passes: the
          has seen lengths it answers the longest one.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -36,7 +36,8 @@ class Request:
     """One request; all counts are tokens.
 
     `limit` is the longest output that is asked for and fits the budget, `reserved` the output
-    that has room now, `produced` the output so far. `begun` says that its prompt was read.
+    that has room now, `produced` the output so far. `begun` says that its prompt was read. `size`
+    is what its cache takes where that does not grow with the text, else None.
     """
 
     id: Hashable
@@ -48,6 +49,7 @@ class Request:
     preemptions: int = 0
     waiting_since: int = 0
     number: int = 0
+    size: int | None = None
 
     @property
     def begun(self) -> bool:
@@ -55,11 +57,11 @@ class Request:
 
     @property
     def held(self) -> int:
-        return self.prompt + self.produced
+        return self.prompt + self.produced if self.size is None else self.size
 
     @property
     def capacity(self) -> int:
-        return self.prompt + self.reserved
+        return self.prompt + self.reserved if self.size is None else self.size
 
 
 class Admission(NamedTuple):
@@ -105,7 +107,9 @@ class Batching:
         scale = max(1, self.iteration) * self.budget
         return self._used / scale, self._reserved / scale
 
-    def _enter(self, id: Hashable, prompt: int, max_output: int, text: str) -> Request:
+    def _enter(
+        self, id: Hashable, prompt: int, max_output: int, text: str, size: int | None = None
+    ) -> Request:
         if prompt < 1 or max_output < 1:
             raise UsageError(
                 f"request {id!r}: {prompt} prompt and {max_output} output tokens; both must be "
@@ -113,8 +117,9 @@ class Batching:
             )
         if id in self.running or any(r.id == id for r in self.waiting):
             raise UsageError(f"request {id!r} is here already; finish it or give another id")
-        if prompt + 1 > self.room:
-            needed = (prompt + 1) * self.kv_bytes_per_token
+        least = prompt + 1 if size is None else size
+        if least > self.room:
+            needed = least * self.kv_bytes_per_token
             error = DoesNotFit(
                 f"request {id!r}: a prompt of {prompt} tokens and one of output need {needed} "
                 f"bytes ({format_bytes(needed)}), the KV budget is {self.budget} bytes "
@@ -123,8 +128,8 @@ class Batching:
             )
             error.details = {"needed_bytes": needed, "budget_bytes": self.budget}
             raise error
-        limit = min(max_output, self.room - prompt)
-        request = Request(id, prompt, limit, text, reserved=limit, number=self.submitted)
+        limit = max_output if size is not None else min(max_output, self.room - prompt)
+        request = Request(id, prompt, limit, text, reserved=limit, number=self.submitted, size=size)
         self.submitted += 1
         self._wait(request)
         return request
@@ -143,8 +148,11 @@ class Batching:
         self.preemptions += 1
         self._wait(request)
 
-    def step(self) -> list[Request]:
+    def step(self, reading: Collection[Hashable] = ()) -> list[Request]:
         """An iteration has run: every running request has produced one token.
+
+        Args:
+            reading: ids of those that have not, because their prompt takes several iterations.
 
         Returns:
             Those that have produced all they may and must be finished, whatever the model says.
@@ -153,6 +161,8 @@ class Batching:
         self._reserved += self.reserved_bytes
         self.iteration += 1
         for request in self.running.values():
+            if request.id in reading:
+                continue
             if request.produced >= request.reserved:
                 raise UsageError(
                     f"request {request.id!r} has outgrown its room; call admit() first"
@@ -215,16 +225,22 @@ class LengthAwareScheduler(Batching):
         self._lesson: list[tuple[str, int]] = []
         self._settled = False  # nothing that waits can run before something changes
 
-    def submit(self, id: Hashable, prompt: int, max_output: int, text: str = "") -> Request:
+    def submit(
+        self, id: Hashable, prompt: int, max_output: int, text: str = "", size: int | None = None
+    ) -> Request:
         """Queue a request; its `limit` may be less than `max_output` where the budget is small.
+
+        Args:
+            size: tokens that its cache takes, however long the text; for caches that drop entries.
 
         Raises:
             DoesNotFit: the prompt and one token exceed the budget; the message has the bytes.
             UsageError: a count below 1, or an id that is here already.
         """
-        request = self._enter(id, prompt, max_output, text)
-        predicted = int(self.predictor.predict([text])[0])
-        request.reserved = min(request.limit, max(1, predicted))
+        request = self._enter(id, prompt, max_output, text, size)
+        if size is None:
+            predicted = int(self.predictor.predict([text])[0])
+            request.reserved = min(request.limit, max(1, predicted))
         return request
 
     def admit(self) -> Admission:

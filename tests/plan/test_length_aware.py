@@ -379,3 +379,18 @@ def test_the_driver_checks_the_bytes_per_token():
     batching = SelectiveBatching(model, good, host_budget=0)
     with pytest.raises(UsageError, match=r"prompt is \(1, 5\); give the ids of one request"):
         batching.submit("a", torch.zeros(1, 5, dtype=torch.long), 3, "3")
+
+
+def test_a_cache_of_fixed_size_takes_the_same_however_long_the_text():
+    scheduler = LengthAwareScheduler(100, 1, LengthPredictor(4, buckets=1))
+    for name in range(3):
+        scheduler.submit(name, 1000, 50, size=40)
+    assert [r.id for r in scheduler.admit().admitted] == [0, 1]
+    assert scheduler.reserved_bytes == scheduler.used_bytes == 80
+    # The second still reads its prompt: it has produced nothing, and nobody is preempted.
+    for _ in range(49):
+        assert scheduler.step(reading={1}) == [] and scheduler.admit() == ([], [])
+    assert [r.id for r in scheduler.step(reading={1})] == [0]
+    assert scheduler.running[1].produced == 0
+    with pytest.raises(DoesNotFit, match="need 101 bytes"):
+        scheduler.submit("large", 5, 5, size=101)
