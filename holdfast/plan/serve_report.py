@@ -54,7 +54,10 @@ def relaxations(server: Server) -> list[dict[str, Any]]:
         # The cache is proportional to both; working memory shrinks a little with them, too.
         most = max(0, free) * getattr(asked, name) // held
         for value in range(most, max(0, most - 4), -1):
-            smaller = Server(replace(asked, **{name: value})).smallest()
+            changed = (
+                replace(asked, batch=value) if name == "batch" else replace(asked, sequence=value)
+            )
+            smaller = Server(changed).smallest()
             if smaller.peak <= server.room:
                 found.append({"options": f"--{name} {value}", **smaller.row()})
                 break

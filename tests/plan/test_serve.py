@@ -15,7 +15,7 @@ from holdfast.context.stream import read
 from holdfast.errors import DoesNotFit, UsageError
 from holdfast.meter import Meter
 from holdfast.plan.serve import Serve, Server
-from holdfast.plan.serve_report import does_not_fit, document
+from holdfast.plan.serve_report import document, does_not_fit
 
 
 @pytest.fixture(scope="module")
