@@ -63,6 +63,13 @@ class Visible:
             return lambda b, h, i, j: valid[b, j]
         return lambda b, h, i, j: valid[b, j] & ordered(b, h, i, j)
 
+    # With a static cache `generate` prepares masks ahead and hands them in again: these two are
+    # what transformers then asks of them.
+    ndim = 4
+
+    def contiguous(self) -> "Visible":
+        return self
+
     def dense(self, batch: int, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
         """The mask as a tensor (B|1,Hq|1,n,m) bool: for references."""
         mask = self.mask
@@ -153,10 +160,12 @@ def _mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Visible | None = None,
     **_: Any,
 ) -> Visible:
     """The mask function that models call."""
+    if isinstance(attention_mask, Visible):
+        return attention_mask
     valid = attention_mask
     if valid is not None:
         # It covers what was ever read, or just the tokens of this call.

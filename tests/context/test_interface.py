@@ -80,6 +80,18 @@ def test_pieces_after_a_cache_equal_one_pass(kind):
     torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-5, rtol=1e-5)
 
 
+def test_generate_with_a_static_cache():
+    model = build("llama")
+    ids = torch.randint(1, 64, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    options |= {"eos_token_id": None, "disable_compile": True}
+    want = model.generate(ids, **options)
+    with use(model, "test_attend"):
+        assert torch.equal(model.generate(ids, cache_implementation="static", **options), want)
+
+
 def test_a_given_four_dimensional_mask_is_honoured():
     model = build("llama")
     ids = torch.randint(64, (1, 6))

@@ -7,8 +7,8 @@
     def test_my_policy(name):
         INVARIANTS[name](lambda: MyPolicy(sinks=2))
 
-Each takes a function that makes the policy and raises AssertionError where it is broken. Models are
-tiny, untrained and made here.
+Each takes a function that makes the policy and raises AssertionError where it is broken, SkipTest
+where it does not apply. Models are tiny, untrained and made here.
 """
 
 import math
@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import SkipTest
 from unittest.mock import patch
 
 import torch
@@ -87,7 +88,7 @@ def equals_dynamic_cache_under_budget(make: Make) -> None:
 def attends_to_what_it_keeps(make: Make) -> None:
     """After entries were dropped, a token attends to those that stay, in order, at 0, 1, 2, ..."""
     if not make().rotates or type(make()).attend is not CachePolicy.attend:
-        return
+        raise SkipTest("the policy looks at entries in its own way; test that against an oracle")
     net = model(num_hidden_layers=1)
     ids = torch.randperm(255, generator=torch.Generator().manual_seed(0))[None, :120] + 1
     seen: dict[str, Tensor] = {}
@@ -133,7 +134,7 @@ def padding_changes_nothing(make: Make) -> None:
     mask[1, : 3 * CHUNK] = 0
     policy = make()
     if not policy.rotates:
-        return
+        raise SkipTest("padding in the middle of a text has no original positions")
     both = _cache(net, policy, tokens=CAPACITY, chunk=CHUNK)
     got = prefill_chunks(net, ids, both, mask=mask)
     alone = _cache(net, make(), tokens=CAPACITY, chunk=CHUNK)
