@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from holdfast.context.cache.policy import CachePolicy
 
 app = typer.Typer(
-    help="Caches of bounded size: policies, their quality per byte, longer encoders.",
+    help="Bounded caches: policies, quality per byte, longer inputs.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

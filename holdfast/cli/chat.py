@@ -1,4 +1,4 @@
-"""`holdfast chat`: talk to a model for as long as you like, in a fixed number of bytes."""
+"""`holdfast chat`: talk to a model without end, in a fixed number of bytes."""
 
 import sys
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def chat(
     dtype: Annotated[str | None, typer.Option(help="[default: that of the weights].")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Talk to a model for as long as you like, in a fixed number of bytes.
+    """Talk to a model without end, in a fixed number of bytes.
 
     While the budget holds the whole conversation, replies are those of the plain model; from then
     on the policy decides what stays. Messages come from --prompt, from a pipe, line by line, or

@@ -46,7 +46,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu or cuda [default: cuda if any].")] = None,
     dtype: Annotated[str | None, typer.Option(help="[default: that of the weights].")] = None,
 ) -> None:
-    """Serve a model behind an OpenAI-compatible API, never above a budget of bytes.
+    """Serve a model behind OpenAI's API within one budget of bytes.
 
     Every request reserves what its context takes before it runs; until then it waits, and where
     too many wait it is refused with 429. The log goes to standard error.
