@@ -69,6 +69,7 @@ def prefill_chunks(
     return before
 
 
+@torch.no_grad()
 def read(
     model: PreTrainedModel, ids: Tensor, cache: BoundedCache, *, mask: Tensor | None = None,
     before: Tensor | None = None, question: Tensor | None = None,

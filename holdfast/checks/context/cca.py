@@ -1,9 +1,8 @@
 """A byte model trained at 256 tokens, fine-tuned at 2,048 with core tokens and with everything.
 
 StreamingLLM gets as many bytes as core tokens and the window take at the end of a text, and the
-weights that were fine-tuned with dense attention. With the original weights, which never saw more
-than a window of this size, it is printed too: this text hardly needs a farther past, and a model
-that keeps to its window is not beaten.
+better of two weights: those fine-tuned with dense attention, and the original ones, which never saw
+more than a window of this size. This text hardly needs a farther past: the latter are not beaten.
 """
 
 import torch
@@ -67,7 +66,7 @@ def nats(logits: Tensor, ids: Tensor) -> float:
 @check(
     "cca",
     claim="fine-tuned for 100 steps at 2,048 tokens, loss within 3 % of dense attention so tuned, "
-    "in an eighth of its bytes, and below StreamingLLM's on the densely tuned model at equal bytes",
+    "in an eighth of its bytes, and below StreamingLLM's at equal bytes",
 )
 def run(seed: int) -> Result:
     ids = validation(LENGTH, ROWS)
@@ -94,9 +93,9 @@ def run(seed: int) -> Result:
             "share_of_dense_bytes": nbytes / (entry * LENGTH),
         },
         baseline={"entries": entries, "dense_cache_bytes": entry * LENGTH // ROWS, **base},
-        threshold="loss <= 1.03 x dense, < StreamingLLM on the tuned model; bytes <= dense / 8",
+        threshold="loss <= 1.03 x dense, < StreamingLLM with either weights; bytes <= dense / 8",
         passed=loss <= 1.03 * base["dense_loss"]
-        and loss < base["streaming_loss"]
+        and loss < min(base["streaming_loss"], base["streaming_original_loss"])
         and nbytes == formula
         and 8 * nbytes <= entry * LENGTH,
     )

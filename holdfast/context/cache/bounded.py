@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
     DynamicLayer,
@@ -43,7 +44,8 @@ class BoundedCache(Cache):
         self.config = model.config.get_text_config(decoder=True)
         self._model = weakref.ref(model)
         self._tables: dict[Rope, Tensor] = {}
-        self._back: tuple[Tensor | None, dict[Rope, Tensor]] = (None, {})
+        # Of positions that somebody still holds: the model does, while a forward pass lasts.
+        self._back = WeakTensorKeyDictionary()
         self.capacity = self.chunk = 0
         # True while a question is read that is to be forgotten.
         self.asking = False
@@ -246,11 +248,10 @@ class BoundedCache(Cache):
 
     def back(self, rope: Rope, positions: Tensor) -> Tensor:
         """The table that takes the model's rotation at positions (B|1,n) back."""
-        if self._back[0] is not positions:
-            self._back = positions, {}
-        if rope not in self._back[1]:
-            self._back[1][rope] = rope.inverse_table(positions)[:, :, None]
-        return self._back[1][rope]
+        known = self._back.setdefault(positions, {})
+        if rope not in known:
+            known[rope] = rope.inverse_table(positions)[:, :, None]
+        return known[rope]
 
     def fingerprint(self) -> str:
         model = self._model()
