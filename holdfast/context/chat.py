@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from holdfast.context.answer import Answer, end_tokens
 from holdfast.context.cache.bounded import BoundedCache
 from holdfast.context.stream import prefill_chunks, read
-from holdfast.errors import HoldfastError, UsageError
+from holdfast.errors import UsageError
 
 Message = dict[str, str]
 
@@ -94,9 +95,7 @@ class Conversation:
         self.said = 0
 
     @torch.no_grad()
-    def say(
-        self, text: str, *, limit: int = 512, on_chunk: Callable[[int], None] | None = None
-    ) -> Iterator[str]:
+    def say(self, text: str, *, limit: int = 512) -> Iterator[str]:
         """Read a message and yield the reply, piece by piece, at most `limit` tokens of it."""
         new = self.turns.later(text) if self.said else self.turns.first(text, self.system)
         # Templates write special tokens, the beginning of the text included.
@@ -105,19 +104,17 @@ class Conversation:
         if self.said:
             self.cache.turn()
         self.said += 1
-        logits = prefill_chunks(
-            self.model, ids.to(self.model.device), self.cache, on_chunk=on_chunk
-        )
-        spoken = Spoken(self.tokenizer)
+        logits = prefill_chunks(self.model, ids.to(self.model.device), self.cache)
+        answer = Answer(self.tokenizer)
         for _ in range(limit):
             token = self.sample(logits)
             if int(token) in self.ends:
                 break
             # What was shown is also read, even if nobody asks for the next piece.
             logits = read(self.model, token[:, None], self.cache, before=logits)
-            if piece := spoken.add(int(token)):
+            if piece := answer.add(int(token)):
                 yield piece
-        if piece := spoken.rest():
+        if piece := answer.rest():
             yield piece
 
     def save(self, path: str | Path) -> None:
@@ -137,44 +134,3 @@ class Conversation:
         """Begin again."""
         self.cache.reset()
         self.said = 0
-
-
-class Spoken:
-    """Tokens to text as they come, without half characters."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.ids, self._done = tokenizer, [], 0
-        # Earlier tokens decide about spaces; only a few of them are decoded again.
-        self._from = 0
-
-    def add(self, token: int) -> str:
-        self.ids.append(token)
-        text = self._text()
-        if text.endswith("\ufffd"):
-            return ""
-        piece, self._done = text[self._done :], len(text)
-        if len(self.ids) - self._from > 64 and text.endswith(("\n", " ")):
-            self._from, self._done = len(self.ids) - 1, len(self._text(len(self.ids) - 1))
-        return piece
-
-    def rest(self) -> str:
-        return self._text()[self._done :]
-
-    def _text(self, start: int | None = None) -> str:
-        return self.tokenizer.decode(
-            self.ids[self._from if start is None else start :],
-            skip_special_tokens=True, clean_up_tokenization_spaces=False,
-        )  # fmt: skip
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a reply."""
-    ends: set[int] = set()
-    for found in (
-        tokenizer.eos_token_id,
-        model.generation_config.eos_token_id if model.generation_config else None,
-    ):
-        ends |= {found} if isinstance(found, int) else set(found or ())
-    if not ends:
-        raise HoldfastError("neither the tokenizer nor the model says which token ends a reply")
-    return ends

@@ -114,10 +114,7 @@ def _forward(
 
 
 @torch.no_grad()
-def surprisals(
-    model: PreTrainedModel, ids: Tensor, cache: BoundedCache,
-    *, on_chunk: Callable[[int], None] | None = None,
-) -> Tensor:  # fmt: skip
+def surprisals(model: PreTrainedModel, ids: Tensor, cache: BoundedCache) -> Tensor:
     """How surprising each token of ids (B,n) is, read through a cache: nats (B,n), first is NaN."""
     cache.settle(ids.shape[0], cache.shape.dtype)
     before, found = None, []
@@ -127,8 +124,6 @@ def surprisals(
         if cache.policy.observes:
             cache.observe(found[-1])
         before = logits[:, -1].clone()
-        if on_chunk is not None:
-            on_chunk(part.shape[1])
     return torch.cat(found, 1)
 
 

@@ -15,11 +15,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from holdfast.context.answer import Answer
 from holdfast.context.sampling import Sampler
 from holdfast.serve import errors
 from holdfast.serve.engine import Engine, Job, Reason, Stopped
 from holdfast.serve.errors import Refusal
-from holdfast.serve.text import Answer, Text
+from holdfast.serve.text import Text
 
 # Tokens of an answer where a client does not say; the first is OpenAI's own number.
 COMPLETION_TOKENS, CHAT_TOKENS = 16, 1024
@@ -135,7 +136,7 @@ class Delivery:
         source: str, wanted: int | None, default: int,
     ):  # fmt: skip
         output = served.engine.sizes.output(len(ids), wanted, default)
-        self._answer = Answer(served.text, ask.stop or ())
+        self._answer = Answer(served.text.decoder, ask.stop or ())
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[tuple[str, Reason | None]] = asyncio.Queue()
         self._engine = served.engine

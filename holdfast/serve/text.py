@@ -1,4 +1,4 @@
-"""Between text and tokens: prompts and chats to ids, ids back to text while they are produced."""
+"""From text to tokens: prompts and chats to ids."""
 
 import copy
 from collections.abc import Sequence
@@ -7,11 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from holdfast.context.answer import end_tokens
 from holdfast.errors import UsageError
-
-# A character of UTF-8 has four bytes at most: what is no character after four tokens never is one.
-LONGEST_CHARACTER = 4
-BROKEN = "�"
 
 Message = dict[str, str]
 
@@ -31,9 +28,7 @@ class Text:
         self.decoder = copy.deepcopy(tokenizer)
         self.worker = ThreadPoolExecutor(1, "holdfast-tokenizer")
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
-        named = getattr(model.generation_config, "eos_token_id", None)
-        named = named if isinstance(named, list) else [named, tokenizer.eos_token_id]
-        self.ends = {token for token in named if token is not None and token < self.vocabulary}
+        self.ends = end_tokens(model, tokenizer)
         # A template writes special tokens, which this model may not have.
         self._templated = bool(tokenizer.chat_template) and len(tokenizer) <= self.vocabulary
 
@@ -99,60 +94,3 @@ class Text:
                 f"the prompt has token {wrong}, the model has tokens 0 to {self.vocabulary - 1}; "
                 "use characters that it knows"
             )
-
-
-class Answer:
-    """Text of tokens as they come, up to the first of some strings.
-
-    Args:
-        stop: strings that end the text; they are not part of it.
-    """
-
-    def __init__(self, text: Text, stop: Sequence[str] = ()):
-        self._decoder, self._stop = text.decoder, [s for s in stop if s]
-        self._ids: list[int] = []
-        self._start = self._read = 0
-        self._held = ""
-        self.tokens = 0
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """The text that is certain now; sets `stopped` at a stop string."""
-        self.tokens += 1
-        self._ids.append(token)
-        # Some tokenizers write a token differently at the beginning of a text, so each is decoded
-        # with those before it.
-        before = self._decode(self._ids[self._start : self._read])
-        whole = self._decode(self._ids[self._start :])
-        if whole.endswith(BROKEN) and len(self._ids) - self._read < LONGEST_CHARACTER:
-            return ""
-        self._start, self._read = self._read, len(self._ids)
-        return self._certain(whole[len(before) :])
-
-    def rest(self) -> str:
-        """What was held back, once no more tokens come."""
-        if self.stopped:
-            return ""
-        before = self._decode(self._ids[self._start : self._read])
-        more = self._certain(self._decode(self._ids[self._start :])[len(before) :])
-        held, self._held = self._held, ""
-        return more if self.stopped else more + held
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._decoder.decode(ids, skip_special_tokens=True)
-
-    def _certain(self, more: str) -> str:
-        text = self._held + more
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` a stop string may begin with."""
-    most = min(len(text), len(stop) - 1)
-    return next((n for n in range(most, 0, -1) if stop.startswith(text[-n:])), 0)

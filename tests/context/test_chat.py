@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from holdfast.context.answer import end_tokens
 from holdfast.context.cache.bounded import BoundedCache
 from holdfast.context.cache.conformance import model as tiny
-from holdfast.context.chat import Conversation, Spoken, Turns, end_tokens
+from holdfast.context.chat import Conversation, Turns
 from holdfast.context.sampling import Sampler
 from holdfast.errors import UsageError
 from holdfast.training.tokenizers import byte_tokenizer
@@ -98,14 +99,6 @@ def test_loading_what_does_not_belong_is_refused(net, words, tmp_path):
         talk.load(tmp_path / "other")
     with pytest.raises(UsageError, match="does not exist"):
         talk.load(tmp_path / "nowhere")
-
-
-def test_text_comes_in_whole_characters(words):
-    text = "naïve 🙂 text, " * 12
-    spoken = Spoken(words)
-    pieces = [spoken.add(token) for token in words(text, add_special_tokens=False).input_ids]
-    assert "".join(pieces) + spoken.rest() == text
-    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_reply_ends_at_its_end_token(net, words):

@@ -54,3 +54,19 @@ def test_refusals_name_the_remedy():
     net(tokens(1, 2), past_key_values=other)
     with pytest.raises(UsageError, match="does not use the attention 'holdfast'"):
         net(tokens(1, 2), past_key_values=other)
+
+
+def test_entries_may_lie_on_the_host_or_be_offloaded_meanwhile():
+    net = model()
+    ids = tokens(2, 80)
+    device, host = (
+        BoundedCache.for_model(net, "sinks_recent", tokens=32, chunk=8, place=place)
+        for place in ("device", "host")
+    )
+    want, got = (prefill_chunks(net, ids, cache) for cache in (device, host))
+    assert torch.equal(got, want) and host.nbytes() == device.nbytes()
+    for layer in device.layers:
+        layer.offload()
+        layer.prefetch()
+    more = tokens(2, 3, seed=1)
+    assert torch.equal(read(net, more, device), read(net, more, host))
