@@ -1,0 +1,1 @@
+"""Checks of the long-term memory room."""

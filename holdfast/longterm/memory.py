@@ -1,0 +1,574 @@
+"""`Memory`: one durable memory for every agent, whatever policy decides what it keeps."""
+
+import asyncio
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import UsageError
+from holdfast.longterm import embed, transfer
+from holdfast.longterm.apply import Applier, space_row
+from holdfast.longterm.budget import Context, handed_out, words
+from holdfast.longterm.embed import Embedder, Query
+from holdfast.longterm.llm import LLM, Judgement, Prompted, Rules
+from holdfast.longterm.policy import Policy, find
+from holdfast.longterm.records import (
+    Change,
+    Event,
+    Hit,
+    Item,
+    Purge,
+    Retire,
+    Space,
+    Touch,
+    Turn,
+    micros,
+    text_hash,
+    turns_of,
+)
+from holdfast.longterm.search import Searcher
+from holdfast.longterm.store import Store, open_store
+from holdfast.longterm.view import View
+from holdfast.longterm.work import ATTEMPTS, Pending, Work
+
+Decide = Callable[[View, Applier], Any]
+SpaceLike = Space | str | Mapping[str, str] | None
+
+
+def _in_space(method: Callable) -> Callable:
+    """Let a method also be told its space as `user_id=`, `agent_id=`, `run_id=`, `tenant_id=`."""
+
+    @functools.wraps(method)
+    def call(
+        self: "Memory",
+        *args: Any,
+        space: SpaceLike = None,
+        user_id: str | None = None,
+        agent_id: str | None = None,
+        run_id: str | None = None,
+        tenant_id: str | None = None,
+        **options: Any,
+    ) -> Any:
+        named = any(part is not None for part in (user_id, agent_id, run_id, tenant_id))
+        if space is None and not named:
+            space = self.space
+        found = Space.of(space, user=user_id, agent=agent_id, run=run_id, tenant=tenant_id)
+        return method(self, *args, space=found, **options)
+
+    signature = inspect.signature(method)
+    extra = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+        for name in ("user_id", "agent_id", "run_id", "tenant_id")
+    ]
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *extra]
+    )
+    return call
+
+
+class Memory:
+    """A durable memory in one file, or in PostgreSQL.
+
+    Args:
+        path_or_url: a file, `sqlite:///file`, ":memory:", or `postgresql://user@host/database`.
+        policy: what decides what is kept and recalled: a name (`holdfast memory policies` lists
+            them) or a `Policy`.
+        embedder: turns text into vectors; default: the one that the file was written with, else
+            MiniLM where it is installed, else hashes of words.
+        llm: asked at most once per `add` by policies that can use one; nothing needs it.
+        clock: tells the time as an aware datetime.
+        durability: "full" syncs each commit to the disk, "process" survives kill -9 but may lose
+            the last commits in a power cut.
+        space: whose memories are meant where a call names none.
+        actor: who is noted as the author of changes.
+
+    Every method takes `space=` (a text `user` or `tenant/user/agent/run`, or a `Space`), or mem0's
+    `user_id=`, `agent_id=`, `run_id=`.
+    """
+
+    def __init__(
+        self,
+        path_or_url: str | os.PathLike[str],
+        *,
+        policy: str | Policy = "hybrid",
+        embedder: Embedder | str | None = None,
+        llm: LLM | None = None,
+        clock: Callable[[], datetime] | None = None,
+        durability: str = "full",
+        space: SpaceLike = None,
+        actor: str = "user",
+    ):
+        self.policy = find(policy)
+        self.space = Space.of(space)
+        self.llm, self.actor = llm, actor
+        self._clock = clock or (lambda: datetime.now(UTC))
+        self.store: Store = open_store(path_or_url, durability)
+        try:
+            self.embedder = self._embedder(embedder)
+        except BaseException:
+            self.store.close()
+            raise
+        self.searcher = Searcher(self.store, self.embedder)
+
+    def _embedder(self, given: Embedder | str | None) -> Embedder:
+        if isinstance(given, str):
+            return embed.find(given)
+        if given is not None:
+            return given
+        with self.store.read() as transaction:
+            used = transaction.rows("SELECT value FROM meta WHERE key = 'embedder'")
+        return embed.find(used[0][0]) if used else embed.default()
+
+    @_in_space
+    def add(
+        self,
+        content: str | Turn | Mapping[str, Any] | Iterable[str | Turn | Mapping[str, Any]],
+        *,
+        when: datetime | None = None,
+        session: str | None = None,
+        kind: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        space: SpaceLike = None,
+    ) -> list[str]:
+        """Remember a text, a fact, or a list of chat messages; returns the ids concerned.
+
+        All of one call is stored, or nothing. What was stored before is touched, not stored twice,
+        and lines that `context` handed out are recognised as what they are.
+
+        Args:
+            content: a text, `{"role": ..., "content": ...}`, or a list of these.
+            when: the world's time at which it held or was said; default: now.
+            session: the conversation that it belongs to; its turns are read in context.
+            kind: "fact" by default for texts without a session, "turn" for messages.
+            metadata: anything that JSON can hold; comes back with every hit.
+
+        Raises:
+            UsageError: nothing to remember, or a time without zone.
+        """
+        turns = turns_of(content, when=when, session=session, kind=kind, metadata=metadata)
+        return self._transact(lambda view, applier: self._add(view, applier, turns), space)
+
+    def _add(self, view: View, applier: Applier, turns: Sequence[Turn]) -> list[str]:
+        echoes: list[Change] = []
+        fresh: list[Turn] = []
+        for turn in turns:
+            rest, known = _without_echoes(view, turn)
+            echoes += [Touch(item) for item in known]
+            if rest is not None:
+                fresh.append(
+                    Turn(
+                        rest, turn.speaker, turn.when or view.now, turn.session, turn.id, turn.kind,
+                        turn.metadata,
+                    )
+                )  # fmt: skip
+        ids = applier.apply(echoes)
+        if fresh:
+            ids += applier.apply(self.policy.write(view, fresh))
+            self._link(view, applier)
+        return list(dict.fromkeys(ids))
+
+    def _link(self, view: View, applier: Applier, since: int = 0) -> None:
+        """Let the policy relate what has been added; what that adds is not linked again."""
+        added = view.get_many(applier.done.added[since:])
+        if added:
+            applier.apply(self.policy.link(view, list(added.values())))
+
+    @_in_space
+    def search(
+        self,
+        query: str,
+        *,
+        limit: int = 10,
+        filters: Mapping[str, Any] | None = None,
+        kinds: Sequence[str] | None = None,
+        valid: datetime | None = None,
+        recorded: datetime | None = None,
+        encoded: Query | None = None,
+        space: SpaceLike = None,
+    ) -> list[Hit]:
+        """The memories that answer a query best, best first.
+
+        Args:
+            filters: metadata that a memory must have, by name and value.
+            kinds: only memories of these kinds.
+            valid, recorded: search what held then, as it was known then, instead of now.
+            encoded: `embedder.encode_query(query)`, where the caller has it already.
+
+        Raises:
+            UsageError: an empty query, a limit below 1, or a time without zone.
+        """
+        if not query.strip():
+            raise UsageError("the query is empty; ask for something")
+        if limit < 1:
+            raise UsageError(f"limit={limit} is not positive; ask for at least one memory")
+        if valid is not None or recorded is not None or filters or kinds:
+            return self._search_some(query, limit, filters, kinds, valid, recorded, space, encoded)
+        with self.reading(space=space, encoded=encoded) as view:
+            hits = self.policy.retrieve(view, query, limit)[:limit]
+            changes = self.policy.recalled(view, hits)
+        if changes:
+            self._transact(lambda _, applier: applier.apply(_still(applier, changes)), space)
+        return hits
+
+    def _search_some(self, query, limit, filters, kinds, valid, recorded, space, encoded):
+        """Restricted searches rank with the searcher itself, whatever the policy recalls."""
+        with self.reading(space=space, encoded=encoded) as view:
+            if valid is None and recorded is None:
+                among = None
+                if filters:
+                    among = [i.id for i in view.items() if _has(i.metadata, filters)]
+                return view.search(query, limit, kinds=kinds, among=among)
+            items = [
+                item
+                for item in view.as_of(valid, recorded)
+                if _has(item.metadata, filters or {}) and (not kinds or item.kind in kinds)
+            ]
+            return view.search_items(query, items, limit)
+
+    @_in_space
+    def context(
+        self,
+        query: str,
+        budget: int = 1000,
+        *,
+        count: Callable[[str], int] | None = None,
+        encoded: Query | None = None,
+        space: SpaceLike = None,
+    ) -> Context:
+        """Memories for a prompt, as one text of at most `budget` tokens.
+
+        Args:
+            count: tokens of a text; default: words and punctuation marks.
+        """
+        with self.reading(space=space, encoded=encoded) as view:
+            made = self.policy.compose(view, query, budget, count or words)
+            hits = [view.hits([(i, 0.0, {})])[0] for i in view.get_many(made.ids).values()]
+            changes = self.policy.recalled(view, hits)
+        if changes:
+            self._transact(lambda _, applier: applier.apply(_still(applier, changes)), space)
+        return made
+
+    @_in_space
+    def get(self, memory_id: str, *, space: SpaceLike = None) -> Item | None:
+        """A memory as it is now, or None."""
+        with self.reading(space=space) as view:
+            return view.get(memory_id)
+
+    @_in_space
+    def get_all(
+        self,
+        *,
+        kind: str | None = None,
+        session: str | None = None,
+        filters: Mapping[str, Any] | None = None,
+        limit: int = 100,
+        after: int = 0,
+        newest: bool = False,
+        space: SpaceLike = None,
+    ) -> list[Item]:
+        """A page of current memories; `after=page[-1].position` asks for the next one."""
+        if limit < 1:
+            raise UsageError(f"limit={limit} is not positive; ask for at least one memory")
+        found: list[Item] = []
+        with self.reading(space=space) as view:
+            while len(found) < limit:
+                page = view.items(
+                    kind=kind, session=session, limit=limit, after=after, newest=newest
+                )
+                found += [item for item in page if _has(item.metadata, filters or {})]
+                if len(page) < limit:
+                    break
+                after = page[-1].position
+        return found[:limit]
+
+    @_in_space
+    def update(self, memory_id: str, text: str, *, space: SpaceLike = None) -> None:
+        """Correct a memory; what it said before stays in its history.
+
+        Raises:
+            UsageError: there is no such memory, or the text is empty.
+        """
+
+        def decide(view: View, applier: Applier) -> None:
+            item = view.get(memory_id)
+            if item is None:
+                raise UsageError(
+                    f"cannot update {memory_id}: there is no such memory now in space {view.space}"
+                )
+            if not text.strip():
+                raise UsageError(f"{memory_id} cannot be updated to an empty text; delete it")
+            applier.apply(self.policy.update(view, item, text))
+            self._link(view, applier)
+
+        self._transact(decide, space)
+
+    @_in_space
+    def delete(self, memory_id: str, *, why: str = "deleted", space: SpaceLike = None) -> None:
+        """Retire a memory: no longer found, still in the history; `purge` erases.
+
+        Raises:
+            UsageError: there is no such memory.
+        """
+
+        def decide(view: View, applier: Applier) -> None:
+            applier.apply([Retire(memory_id, why)])
+            applier.apply(self.policy.removed(view, [memory_id], purged=False))
+
+        self._transact(decide, space)
+
+    @_in_space
+    def purge(self, memory_id: str, *, why: str = "", space: SpaceLike = None) -> list[str]:
+        """Erase a memory and all that was made from it, its text in the log included.
+
+        Returns the ids that are gone; tombstones without text remain in the log. When it returns,
+        the text is in neither the file nor its write-ahead log.
+
+        Raises:
+            UsageError: there never was such a memory.
+        """
+
+        def decide(view: View, applier: Applier) -> list[str]:
+            applier.apply([Purge(memory_id, why)])
+            gone = list(applier.done.purged)
+            applier.apply(self.policy.removed(view, gone, purged=True))
+            return gone
+
+        gone = self._transact(decide, space)
+        self.store.shred()
+        return gone
+
+    @_in_space
+    def history(self, memory_id: str, *, space: SpaceLike = None) -> list[Event]:
+        """All that happened to a memory, oldest first."""
+        with self.reading(space=space) as view:
+            return view.events(memory_id)
+
+    @_in_space
+    def as_of(
+        self,
+        valid: datetime | None = None,
+        recorded: datetime | None = None,
+        *,
+        space: SpaceLike = None,
+    ) -> list[Item]:
+        """What held in the world at `valid`, as this memory knew it at `recorded`."""
+        with self.reading(space=space) as view:
+            return view.as_of(valid, recorded)
+
+    @_in_space
+    def forget(
+        self, at: datetime | None = None, *, dry_run: bool = False, space: SpaceLike = None
+    ) -> list[Change]:
+        """Let the policy forget; returns what it retires (or would, with `dry_run`)."""
+        micros(at, "at")
+        if dry_run:
+            with self.reading(space=space) as view:
+                return self.policy.forget(view, at or view.now)
+
+        def decide(view: View, applier: Applier) -> list[Change]:
+            changes = self.policy.forget(view, at or view.now)
+            applier.apply(changes)
+            return changes
+
+        return self._transact(decide, space)
+
+    @_in_space
+    def summarise(self, session: str | None = None, *, space: SpaceLike = None) -> list[str]:
+        """Tell the policy that a session has ended; returns the ids of what it made of it."""
+
+        def decide(view: View, applier: Applier) -> list[str]:
+            ids = applier.apply(self.policy.summarise(view, session))
+            self._link(view, applier)
+            return ids
+
+        return self._transact(decide, space)
+
+    @_in_space
+    def transact(
+        self,
+        decide: Callable[[View], Sequence[Change]],
+        *,
+        actor: str | None = None,
+        space: SpaceLike = None,
+    ) -> list[str]:
+        """Decide changes on a consistent view and apply them, all or nothing; returns their ids.
+
+        `decide` may be called several times and must have no effects of its own.
+        """
+        return self._transact(lambda view, applier: applier.apply(decide(view)), space, actor=actor)
+
+    @_in_space
+    def reading(self, *, encoded: Query | None = None, space: SpaceLike = None) -> "_Reading":
+        """A context manager: a `View` of one instant, for reading."""
+        return _Reading(self, space, encoded)
+
+    @_in_space
+    def export(self, file: str | os.PathLike[str], *, space: SpaceLike = None) -> dict[str, Any]:
+        """Write one space as JSON lines, log and past versions included; returns counts, digest."""
+        with self.store.read() as transaction:
+            return transfer.export(transaction, space, Path(file))
+
+    @_in_space
+    def import_(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        format: str = "holdfast",
+        space: SpaceLike = None,
+    ) -> dict[str, int]:
+        """Read what `export` wrote, or another library's export; doing it twice changes nothing."""
+        return transfer.import_(self, Path(file), format, space)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts, bytes on disk and in RAM, and what the language model has cost so far."""
+        with self.store.read() as transaction:
+            counts = {
+                name: transaction.rows(f"SELECT count(*) FROM {table}{where}")[0][0]
+                for name, table, where in (
+                    ("memories", "memory", " WHERE retired_at IS NULL"),
+                    ("versions", "memory", ""),
+                    ("edges", "edge", " WHERE retired_at IS NULL"),
+                    ("events", "event", ""),
+                    ("spaces", "space", ""),
+                )
+            }
+        usage = self.llm.usage if self.llm is not None else None
+        return {
+            **counts,
+            "store": self.store.url,
+            "bytes": {"store": self.store.nbytes(), "index": self.searcher.nbytes()},
+            "embedder": self.embedder.id,
+            "policy": type(self.policy).__name__,
+            "llm": None
+            if usage is None
+            else {
+                "calls": usage.calls, "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens, "cost": usage.cost,
+            },
+        }  # fmt: skip
+
+    def now(self) -> datetime:
+        """The clock, checked."""
+        time = self._clock()
+        micros(time, "clock()")
+        return time.astimezone(UTC)
+
+    def close(self) -> None:
+        self.store.close()
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _transact(self, decide: Decide, space: Space, *, actor: str | None = None) -> Any:
+        """Decide and apply in one transaction, with slow work done between attempts."""
+        work, now = Work(self.embedder, self.llm), self.now()
+        for attempt in range(ATTEMPTS + 1):
+            work.deferring = attempt < ATTEMPTS
+            try:
+                with self.store.write() as transaction:
+                    applier = Applier(
+                        transaction, space, actor=actor or self.actor, now=micros(now, "clock()")
+                    )
+                    if self.store.volatile:  # it has one connection, which sees what is not final
+                        self.searcher.sync(applier.space_id)
+                    view = self._view(transaction, space, applier.space_id, now, work)
+                    result = decide(view, applier)
+                    self.searcher.encode(transaction, applier.space_id, applier.done, work)
+                    applier.finish()
+                return result
+            except Pending:
+                work.settle()
+        raise AssertionError("the last attempt does its work itself")
+
+    def _view(self, transaction, space: Space, space_id: int, now: datetime, work: Work) -> View:
+        return View(
+            transaction, space, space_id,
+            now=now, searcher=self.searcher, work=work, judgement=self._judgement(work),
+        )  # fmt: skip
+
+    def _judgement(self, work: Work) -> Judgement:
+        rules = Rules(embedder=work)
+        return rules if self.llm is None else Prompted(work, rules)
+
+
+class _Reading:
+    def __init__(self, memory: Memory, space: Space, encoded: Query | None):
+        self._memory, self._space, self._encoded = memory, space, encoded
+
+    def __enter__(self) -> View:
+        memory = self._memory
+        self._open = memory.store.read()
+        transaction = self._open.__enter__()
+        work = Work(memory.embedder, memory.llm)
+        if self._encoded is not None:
+            work.know(self._encoded)
+        space_id, _ = space_row(transaction, self._space, create=False)
+        return memory._view(transaction, self._space, space_id, memory.now(), work)
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+
+def _without_echoes(view: View, turn: Turn) -> tuple[str | None, list[str]]:
+    """A turn's text without what this memory handed out, and the ids of that."""
+    whole = handed_out(turn.text)
+    if whole is not None:
+        current = view.get_many(item for item, _ in whole)
+        if all(item in current and current[item].text == text for item, text in whole):
+            return None, [item for item, _ in whole]
+    kept, known = [], []
+    for row in turn.text.split("\n"):
+        echo = handed_out(row)
+        item = view.get(echo[0][0]) if echo else None
+        if item is not None and echo is not None and text_hash(item.text) == text_hash(echo[0][1]):
+            known.append(item.id)
+        else:
+            kept.append(row)
+    rest = "\n".join(kept).strip() if known else turn.text
+    return rest or None, known
+
+
+def _still(applier: Applier, changes: Sequence[Change]) -> list[Change]:
+    """Without touches of memories that another process has retired: a read must not fail."""
+    return [c for c in changes if not isinstance(c, Touch) or applier.is_current(c.id)]
+
+
+def _has(metadata: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+    return all(name in metadata and metadata[name] == value for name, value in filters.items())
+
+
+class AsyncMemory:
+    """`Memory` for asyncio: the same methods, awaited; each runs in a thread."""
+
+    def __init__(self, path_or_url: str | os.PathLike[str], **options: Any):
+        self.sync = Memory(path_or_url, **options)
+
+    async def __aenter__(self) -> "AsyncMemory":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.sync.close)
+
+
+def _asynchronous(name: str) -> Callable:
+    method = getattr(Memory, name)
+
+    @functools.wraps(method)
+    async def call(self: AsyncMemory, *args: Any, **options: Any) -> Any:
+        return await asyncio.to_thread(getattr(self.sync, name), *args, **options)
+
+    return call
+
+
+for _name in (
+    "add", "search", "context", "get", "get_all", "update", "delete", "purge", "history", "as_of",
+    "forget", "summarise", "transact", "export", "import_", "stats", "close",
+):  # fmt: skip
+    setattr(AsyncMemory, _name, _asynchronous(_name))

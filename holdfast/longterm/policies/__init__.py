@@ -1,0 +1,1 @@
+"""Policies of long-term memory, one published system per file."""
