@@ -3,15 +3,14 @@
 A probe is one function and one line of `PROBES`.
 """
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from holdfast import cli
+from holdfast.cli.progress import bar
 from holdfast.errors import UsageError
 
 
@@ -39,7 +38,7 @@ def data_pruning(
     if examples < 1 or seeds < 1:
         raise UsageError(f"--examples {examples} and --seeds {seeds} must be at least 1")
     rows: list[dict[str, Any]] = []
-    with cli.stdout_is_json(json), _bar("data-pruning", len(fractions) * seeds) as advance:
+    with cli.stdout_is_json(json), bar("data-pruning", len(fractions) * seeds) as advance:
         for fraction in fractions:
             runs = []
             for s in range(seed, seed + seeds):
@@ -96,7 +95,7 @@ def shrink(
     rows: list[dict[str, Any]] = []
     total = len(sizes) * 2 * classify.steps(len(train.texts), Setting(epochs=epochs))
     with cli.stdout_is_json(json):
-        with _bar("shrink", total) as advance:
+        with bar("shrink", total) as advance:
             for length in sizes:
                 for text, (learn, judge) in pairs.items():
                     setting = Setting(length=length, epochs=epochs)
@@ -152,7 +151,7 @@ def _search(log: Path, lengths: list, stopwords: str, train, test, seed: int) ->
         return classify.accuracy(short_learn, short_judge, Setting(**settings), seed)
 
     inner = train.split(0.25, seed)
-    with _bar("search", 1 + sum(len(values) - 1 for values in space.values())) as advance:
+    with bar("search", 1 + sum(len(values) - 1 for values in space.values())) as advance:
 
         def evaluate(settings: dict[str, Any]) -> float:
             found = score(settings, *inner)
@@ -163,8 +162,78 @@ def _search(log: Path, lengths: list, stopwords: str, train, test, seed: int) ->
     return {**result, "test": score(dict(result["best"]), train, test)}
 
 
+def position_loss(
+    model: Annotated[str, typer.Option(help="Directory or cached hub id of a causal model.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File, or folder of files, each a document [default: Python's library]."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a document that are read.")] = 512,
+    documents: Annotated[int, typer.Option(help="Documents at most.")] = 32,
+    window: Annotated[
+        int | None, typer.Option(help="Also with no more context than so many tokens.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, a directory or a hub id [default: the model's].")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda [default: CUDA if any].")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show a language model's loss by the position after a document's start.
+
+    A mean over all positions hides that more context leaves the first tokens as they are. With a
+    window, the same model also reads every token with that much context: positions before it are
+    equal, and what longer context is worth shows behind it.
+
+    Example: holdfast probe position-loss --model my-model --window 128
+    """
+    with cli.stdout_is_json(json):
+        import torch
+
+        from holdfast.context.loading import load
+        from holdfast.longterm.retrieval_need import octaves, position_losses, read_documents
+
+        if length < 2 or documents < 1:
+            raise UsageError(f"--length {length} must be at least 2, --documents {documents} 1")
+        if window is not None and not 0 < window < length:
+            raise UsageError(
+                f"--window {window} is not smaller than the documents, --length {length}; what "
+                f"longer context is worth shows behind the window: give 1 to {length - 1}"
+            )
+        network, words = load(model, tokenizer=tokenizer, device=device)
+        rows = read_documents(words, data, length, documents).to(network.device)
+        curves = {"full": None} if window is None else {"full": None, "window": window}
+        losses: dict[str, torch.Tensor] = {}
+        with bar("position-loss", len(curves)) as advance:
+            for name, seen in curves.items():
+                losses[name] = position_losses(
+                    lambda ids: network(input_ids=ids, use_cache=False).logits, rows, window=seen
+                )
+                advance()
+    bounds = octaves(length)
+    table = [
+        {"from": a, "to": b} | {k: v[a - 1 : b - 1].mean().item() for k, v in losses.items()}
+        for a, b in bounds
+    ]
+    if json:
+        found = {"probe": "position-loss", "documents": len(rows), "length": length}
+        curve = {name: values.tolist() for name, values in losses.items()}
+        cli.print_json(found | {"window": window, "rows": table, "losses": curve})
+        return
+    print(f"{len(rows)} documents of {length} tokens, mean loss in nats per token by position")
+    heads = ["position", "loss"] + ([] if window is None else [f"last {window} tokens"])
+    _table(
+        heads,
+        [[f"{r['from']}-{r['to'] - 1}", *(f"{r[k]:.3f}" for k in losses)] for r in table],
+    )
+
+
 # Name -> what `holdfast probe NAME` runs.
-PROBES: dict[str, Callable[..., None]] = {"data-pruning": data_pruning, "shrink": shrink}
+PROBES: dict[str, Callable[..., None]] = {
+    "data-pruning": data_pruning,
+    "position-loss": position_loss,
+    "shrink": shrink,
+}
 
 app = typer.Typer(
     help="Measure what keeping less does to data or a model.",
@@ -184,35 +253,6 @@ def _numbers(option: str, text: str, kind: type) -> list:
         what = "whole numbers" if kind is int else "numbers"
         raise UsageError(f"{option} {text!r}: expected positive {what} with commas between them")
     return found
-
-
-@contextlib.contextmanager
-def _bar(name: str, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr with rate and time left; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    bar = progress.Progress(
-        progress.TextColumn(name),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        key = bar.add_task(name, total=total, rate="")
-
-        def advance() -> None:
-            task = bar.tasks[0]
-            rate = (task.completed + 1) / max(task.elapsed or 0.0, 1e-3)
-            bar.update(key, advance=1, rate=f"{rate:.1f}/s")
-
-        yield advance
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from holdfast import cli
 from holdfast.cli import probe
+from holdfast.cli.progress import bar
 
 
 def run_cli(*args):
@@ -95,7 +96,7 @@ def test_every_probe_is_a_command_with_an_example(capsys):
 
 def test_the_bar_counts(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with probe._bar("counting", 2) as advance:
+    with bar("counting", 2) as advance:
         advance()
         advance()
     assert "2/2" in capsys.readouterr().err
