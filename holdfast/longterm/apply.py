@@ -100,6 +100,14 @@ class Applier:
             )
         )
 
+    def is_known(self, item: str) -> bool:
+        """Whether there is or was such a memory, and not purged."""
+        return bool(
+            self.sql.rows(
+                "SELECT 1 FROM memory WHERE id = ? AND space = ? LIMIT 1", (item, self.space_id)
+            )
+        )
+
     def finish(self) -> None:
         """Note how far the space's log goes, for whoever keeps an index of it."""
         self.sql.run("UPDATE space SET seq = ? WHERE id = ?", (self.seq, self.space_id))
@@ -248,7 +256,8 @@ class Applier:
         old = self._current(change.id, "retire")
         self._end(old["version"])
         for (edge,) in self.sql.rows(
-            "SELECT id FROM edge WHERE space = ? AND (src = ? OR dst = ?) AND retired_at IS NULL",
+            "SELECT id FROM edge WHERE space = ? AND (src = ? OR dst = ?) AND retired_at IS NULL "
+            "ORDER BY recorded_at, id",
             (self.space_id, change.id, change.id),
         ):
             self._unlink(edge, "its memory was retired")
@@ -323,10 +332,7 @@ class Applier:
         return change.id
 
     def _purge(self, change: Purge) -> str:
-        known = self.sql.rows(
-            "SELECT id FROM memory WHERE id = ? AND space = ? LIMIT 1", (change.id, self.space_id)
-        )
-        if not known:
+        if not self.is_known(change.id):
             raise UsageError(
                 f"cannot purge {change.id}: there was never such a memory in space {self.space}"
             )
@@ -344,7 +350,8 @@ class Applier:
     def _erase(self, item: str, why: str) -> None:
         versions, places = [], []
         for version, *place in self.sql.rows(
-            "SELECT version, kind, session, position FROM memory WHERE id = ?", (item,)
+            "SELECT version, kind, session, position FROM memory WHERE id = ? ORDER BY version",
+            (item,),
         ):
             versions.append(version)
             if place[1] is not None:

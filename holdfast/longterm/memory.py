@@ -421,7 +421,9 @@ class Memory:
         space: SpaceLike = None,
     ) -> dict[str, int]:
         """Read what `export` wrote, or another library's export; doing it twice changes nothing."""
-        return transfer.import_(self, Path(file), format, space)
+        counts = transfer.import_(self, Path(file), format, space)
+        self.store.shred()  # it may have brought a purge
+        return counts
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes on disk and in RAM, and what the language model has cost so far."""

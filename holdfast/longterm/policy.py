@@ -113,20 +113,25 @@ def as_turn(turn: Turn, **changed: Any) -> Add:
 
 
 def policies() -> dict[str, type[Policy]]:
-    """Name -> class of every policy in `longterm/policies`."""
-    found: dict[str, type[Policy]] = {}
-    for path in sorted((Path(__file__).parent / "policies").glob("[!_]*.py")):
-        module = importlib.import_module(f"holdfast.longterm.policies.{path.stem}")
-        own = [
-            value
-            for value in vars(module).values()
-            if inspect.isclass(value)
+    """Name -> class of every policy in `longterm/policies`; some files there hold tools."""
+    found = {name: _policy_in(name) for name in _files()}
+    return {name: cls for name, cls in found.items() if cls is not None}
+
+
+def _files() -> list[str]:
+    return sorted(path.stem for path in (Path(__file__).parent / "policies").glob("[!_]*.py"))
+
+
+def _policy_in(name: str) -> type[Policy] | None:
+    module = importlib.import_module(f"holdfast.longterm.policies.{name}")
+    for value in vars(module).values():
+        if (
+            inspect.isclass(value)
             and issubclass(value, Policy)
             and value.__module__ == module.__name__
-        ]
-        for cls in own:
-            found[path.stem if len(own) == 1 else cls.__name__.lower()] = cls
-    return found
+        ):
+            return value
+    return None
 
 
 def find(policy: "str | Policy", **options: Any) -> Policy:
@@ -139,11 +144,11 @@ def find(policy: "str | Policy", **options: Any) -> Policy:
         if options:
             raise UsageError(f"{type(policy).__name__} is made already; give it options there")
         return policy
-    known = policies()
-    if policy not in known:
-        raise unknown("memory policy", policy, known)
-    accepted = inspect.signature(known[policy]).parameters
+    made = _policy_in(policy) if policy in _files() else None
+    if made is None:
+        raise unknown("memory policy", policy, policies())
+    accepted = inspect.signature(made).parameters
     for option in options:
         if option not in accepted:
             raise unknown(f"option of {policy}", option, accepted)
-    return known[policy](**options)
+    return made(**options)

@@ -275,12 +275,11 @@ class Searcher:
 
     def encode(self, transaction: Transaction, space: int, done: Applied, work: Work) -> None:
         """Write the vectors of what changed, and of the turns that stand beside it."""
-        live = _rows(transaction, space, done.versions)
-        fresh = {row[0] for row in live}
-        turns: dict[int, tuple[tuple[str, ...], int]] = {}
-        for row in live:
-            if row[2] is None:
-                turns[row[0]] = ((document(row[4], row[5]),), 0)
+        fresh = _rows(transaction, space, done.versions)
+        # What has no session, or is of the past, stands alone.
+        turns: dict[int, tuple[tuple[str, ...], int]] = {
+            row[0]: ((document(row[4], row[5]),), 0) for row in fresh
+        }
         for (kind, session), positions in _by_session(done.moved).items():
             # Far enough that the windows of the neighbours' neighbours are whole.
             rows = _around(
@@ -296,19 +295,26 @@ class Searcher:
             for i in sorted(touched):
                 first, end = max(0, i - BEFORE), min(len(rows), i + AFTER + 1)
                 turns[rows[i][0]] = (tuple(texts[first:end]), i - first)
+            if done.purged:
+                # Windows of past versions may still tell of a neighbour that is erased now.
+                for row in transaction.rows(
+                    f"SELECT {_ROW} FROM memory WHERE space = ? AND kind = ? AND session = ? "
+                    "AND retired_at IS NOT NULL AND searchable = 1",
+                    (space, kind, session),
+                ):
+                    turns[row[0]] = ((document(row[4], row[5]),), 0)
         own, windows = work.encode_both(
-            [document(row[4], row[5]) for row in live], list(turns.values())
+            [document(row[4], row[5]) for row in fresh], list(turns.values())
         )
         model = self.claim(transaction)
         parts: list[tuple[int, int, int, bytes]] = [
             (row[0], model, OWN, vector.astype(np.float32).tobytes())
-            for row, vector in zip(live, own, strict=True)
+            for row, vector in zip(fresh, own, strict=True)
         ]
         for version, found in zip(turns, windows, strict=True):
             parts.append((version, model, WINDOW, found.window.astype(np.float32).tobytes()))
             if found.tokens is not None:
                 parts.append((version, model, TOKENS, found.tokens))
-        assert fresh <= turns.keys(), "a new memory without a window could not be searched"
         transaction.many(
             "INSERT INTO embedding (version, model, part, bytes) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (version, model, part) DO UPDATE SET bytes = excluded.bytes",
@@ -343,7 +349,7 @@ def _rows(transaction: Transaction, space: int, versions: Sequence[int]) -> list
     for start in range(0, len(versions), _MANY):
         some = list(versions[start : start + _MANY])
         found += transaction.rows(
-            f"SELECT {_ROW} FROM memory WHERE {_LIVE} AND version IN "
+            f"SELECT {_ROW} FROM memory WHERE space = ? AND searchable = 1 AND version IN "
             f"({', '.join('?' * len(some))}) ORDER BY version",
             [space, *some],
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import UsageError, unknown
 from holdfast.longterm import importers
 from holdfast.longterm.apply import Applier, dumps, key_hash, space_row
-from holdfast.longterm.records import Space, document, text_hash
+from holdfast.longterm.records import Purge, Space, document, text_hash
 from holdfast.longterm.store import Transaction
 from holdfast.longterm.terms import stems
 
@@ -80,12 +80,14 @@ def _lines(transaction: Transaction, space: Space) -> Iterator[dict[str, Any]]:
 _TABLES = {
     "memory": (
         _MEMORY,
-        f"SELECT {', '.join(_MEMORY)} FROM memory WHERE space = ? ORDER BY recorded_at, position",
+        f"SELECT {', '.join(_MEMORY)} FROM memory WHERE space = ? "
+        "ORDER BY recorded_at, position, version",
     ),
     "source": (
         _SOURCE,
         "SELECT s.memory, s.origin, s.start_byte, s.end_byte FROM source s WHERE s.memory IN "
-        "(SELECT id FROM memory WHERE space = ?) ORDER BY s.memory, s.origin, s.start_byte",
+        "(SELECT id FROM memory WHERE space = ?) "
+        "ORDER BY s.memory, s.origin, s.start_byte NULLS FIRST, s.end_byte NULLS FIRST",
     ),
     "edge": (
         _EDGE,
@@ -147,24 +149,44 @@ def _insert(
     rows = lines[1:-1]
     if lines[0]["space"] != str(space):
         rows = [_renamed(row, space) for row in rows]
-    sql, space_id, seq = applier.sql, applier.space_id, applier.seq
+    sql, space_id = applier.sql, applier.space_id
     counts = dict.fromkeys(_TABLES, 0)
+    erased = {
+        item
+        for (item,) in sql.rows(
+            "SELECT item FROM event WHERE space = ? AND op = 'purge'", (space_id,)
+        )
+    }
     known = {
         (item, op, time, after or "")
         for item, op, time, after in sql.rows(
             "SELECT item, op, time, after FROM event WHERE space = ?", (space_id,)
         )
     }
+    told = {
+        (row["item"], row["op"], row["time"], dumps(row["after"]) if row["after"] else "")
+        for row in rows
+        if row["type"] == "event"
+    }
+    # A copy that only lags behind keeps the order of what it copies; else what comes in is newer.
+    shift = 0 if known <= told else applier.seq
     for row in rows:
         kind = row["type"]
+        # An old export must not bring back what was erased here.
+        if erased & {row.get(name) for name in ("id", "item", "memory", "origin", "src", "dst")}:
+            continue
         values = {
             name: dumps(value) if name in _JSON and value is not None else value
             for name, value in row.items()
             if name != "type"
         }
         if kind == "memory":
-            counts[kind] += _version(applier, values, seq)
+            counts[kind] += _version(applier, values, shift)
         elif kind == "event":
+            if row["op"] == "purge" and applier.is_known(row["item"]):
+                applier.apply([Purge(row["item"], row["why"])])  # erased there, and so here
+                counts[kind] += 1
+                continue
             if (values["item"], values["op"], values["time"], values["after"] or "") in known:
                 continue
             applier.seq += 1
@@ -173,6 +195,11 @@ def _insert(
             counts[kind] += 1
         elif kind == "edge":
             counts[kind] += _put(sql, kind, {**values, "space": space_id})
+            if values["retired_at"] is not None:
+                sql.run(
+                    "UPDATE edge SET retired_at = ? WHERE id = ? AND retired_at IS NULL",
+                    (values["retired_at"], values["id"]),
+                )
         elif not sql.rows(
             "SELECT 1 FROM source WHERE memory = ? AND origin = ? "
             "AND coalesce(start_byte, -1) = coalesce(?, -1)",
@@ -185,10 +212,23 @@ def _insert(
 def _version(applier: Applier, values: dict[str, Any], shift: int) -> int:
     """Insert one version of a memory, unless it is there; 1 if it was inserted."""
     sql = applier.sql
-    if sql.rows(
-        "SELECT 1 FROM memory WHERE id = ? AND recorded_at = ? AND text_hash = ?",
+    same = sql.rows(
+        "SELECT version, uses, retired_at FROM memory "
+        "WHERE id = ? AND recorded_at = ? AND text_hash = ?",
         (values["id"], values["recorded_at"], text_hash(values["text"])),
-    ):
+    )
+    if same:
+        version, uses, retired = same[0]
+        if retired is None and values["retired_at"] is not None:
+            sql.run(
+                "UPDATE memory SET retired_at = ? WHERE version = ?",
+                (values["retired_at"], version),
+            )
+        if values["uses"] > uses:
+            sql.run(
+                "UPDATE memory SET uses = ?, used_at = ?, strength = ?, data = ? WHERE version = ?",
+                (values["uses"], values["used_at"], values["strength"], values["data"], version),
+            )
         return 0
     current = sql.rows(
         "SELECT version, recorded_at FROM memory WHERE id = ? AND retired_at IS NULL",
@@ -205,10 +245,11 @@ def _version(applier: Applier, values: dict[str, Any], shift: int) -> int:
                 (values["recorded_at"], version),
             )
     key = "\x1f".join((values["speaker"] or "", values["session"] or "", ""))
+    places = sql.rows("SELECT position FROM memory WHERE id = ? LIMIT 1", (values["id"],))
     values = {
         **values,
         "space": applier.space_id,
-        "position": values["position"] + shift,
+        "position": places[0][0] if places else values["position"] + shift,
         "text_hash": text_hash(values["text"]),
         "key_hash": key_hash(values["kind"], values["text"], key),
     }
@@ -219,9 +260,9 @@ def _version(applier: Applier, values: dict[str, Any], shift: int) -> int:
         f"INSERT INTO memory ({names}) VALUES ({', '.join('?' * len(values))}) RETURNING version",
         list(values.values()),
     )
-    if values["retired_at"] is None and values["searchable"]:
+    if values["searchable"]:
         applier.done.versions.append(rows[0][0])
-        if values["session"] is not None:
+        if values["session"] is not None and values["retired_at"] is None:
             applier.done.moved.append((values["kind"], values["session"], values["position"]))
     return 1
 

@@ -47,6 +47,11 @@ class View:
         self._sql, self._space_id = transaction, space_id
         self._searcher, self._work = searcher, work
 
+    @property
+    def embedder(self) -> str:
+        """The id of the embedder that vectors are of."""
+        return self._searcher.embedder.id
+
     def get(self, item: str) -> Item | None:
         """The current version of a memory, or None."""
         return self.get_many([item]).get(item)
@@ -108,7 +113,7 @@ class View:
 
     def with_text(self, hash_: bytes) -> list[Item]:
         """Current memories whose text has this `records.text_hash`."""
-        return self._items("text_hash = ? AND retired_at IS NULL", [hash_])
+        return self._items("text_hash = ? AND retired_at IS NULL", [hash_], "ORDER BY position")
 
     def _items(self, where: str, args: Sequence[Any], tail: str = "") -> list[Item]:
         rows = self._sql.rows(
@@ -163,7 +168,8 @@ class View:
             some = list(items[start : start + _MANY])
             for memory, *source in self._sql.rows(
                 "SELECT memory, origin, start_byte, end_byte FROM source "
-                f"WHERE memory IN ({', '.join('?' * len(some))}) ORDER BY origin, start_byte",
+                f"WHERE memory IN ({', '.join('?' * len(some))}) "
+                "ORDER BY origin, start_byte NULLS FIRST, end_byte NULLS FIRST",
                 some,
             ):
                 found[memory].append(Source(*source))
