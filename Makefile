@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test lint
+.PHONY: install demo test test-browser lint
 install: $(VENV)/.installed
 
 # torch first and pinned: a looser requirement would resolve to the multi-gigabyte CUDA build.
@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt holdfast/native/*.cp
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt setuptools wheel numpy
-	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,plots,peft,privacy,serve]"
+	$(PIP) -c constraints.txt --no-build-isolation -e ".[dev,plots,peft,privacy,serve,memory]"
 	touch $@
 
 demo: install
@@ -20,6 +20,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Uses a Chromium that is installed already, else fetches Playwright's own.
+test-browser: install
+	$(PIP) playwright
+	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest -rs tests/longterm/test_web.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -46,6 +46,7 @@ def serving(
     token: str | None = None,
     waiting: int = 64,
     body_bytes: int = 1 << 20,
+    past: Any = None,
     **sizes: Any,
 ) -> Iterator[Server]:
     """Serve `model` under the name `NAME`; `sizes` are options of `Sizes`."""
@@ -61,7 +62,7 @@ def serving(
     engine = Engine(model, Sizes(model, budget, find(policy), **sizes), ends=text.ends,
                     waiting=waiting)  # fmt: skip
     app = create_app(
-        Served(NAME, engine, text, int(time.time())), token=token, body_bytes=body_bytes
+        Served(NAME, engine, text, int(time.time()), past), token=token, body_bytes=body_bytes
     )  # fmt: skip
     listening = socket.create_server(("127.0.0.1", 0), backlog=256)
     port = listening.getsockname()[1]

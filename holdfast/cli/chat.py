@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="The same replies every time.")] = None,
     load: Annotated[Path | None, typer.Option(help="Go on from a saved context.")] = None,
     save: Annotated[Path | None, typer.Option(help="Save the context at the end.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory file or URL: recall from it, keep what is said.")
+    ] = None,
+    memory_budget: Annotated[
+        int, typer.Option(help="Tokens of memories before each message.")
+    ] = 256,
+    user: Annotated[str, typer.Option(help="Whose memories.")] = "",
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes, a directory or a cached hub id.")
     ] = None,
@@ -65,13 +73,23 @@ def chat(
     if max_tokens < 1:
         raise UsageError(f"--max-tokens {max_tokens}: a reply has 1 token or more")
     sample = Sampler(temperature, top_p, seed)
-    with cli.stdout_is_json(json):
+    with cli.stdout_is_json(json), ExitStack() as stack:
         net, words = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
         cache = BoundedCache.for_model(
             net, make_policy(policy, option), budget=context_budget, batch=1,
             form=stored_form(form, net), place=place,
         )  # fmt: skip
         talk = Conversation(net, words, cache, sample=sample, system=system)
+        past = None
+        if memory is not None:
+            from holdfast.cli.memory_options import opened
+            from holdfast.longterm.recollection import Recollection
+
+            past = Recollection(
+                stack.enter_context(opened(memory, user=user)), memory_budget,
+                lambda text: len(words(text, add_special_tokens=False).input_ids),
+            )  # fmt: skip
+            session = past.memory.now().isoformat(timespec="microseconds")
         if load is not None:
             talk.load(load)
         terminal = not prompt and sys.stdin.isatty()
@@ -90,9 +108,13 @@ def chat(
                 except HoldfastError as error:
                     print(error, file=sys.stderr)
                 continue
-            reply = []
+            reply, said = [], text
+            turn: dict[str, Any] = {"prompt": text}
+            if past is not None:
+                context = past.recall(text, past.memory.space)
+                turn["memories"], said = list(context.ids), past.before(context, text)
             try:
-                for piece in talk.say(text, limit=max_tokens):
+                for piece in talk.say(said, limit=max_tokens):
                     reply.append(piece)
                     if not json:
                         print(piece, end="", flush=True)
@@ -100,7 +122,9 @@ def chat(
                 print(" [stopped]", end="", file=sys.stderr)
             if not json:
                 print()
-            turns.append({"prompt": text, "reply": "".join(reply)})
+            turns.append({**turn, "reply": "".join(reply)})
+            if past is not None:
+                past.keep(text, "".join(reply), session, past.memory.space)
     if save is not None:
         talk.save(save)
     if json:

@@ -40,6 +40,13 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="The model's name for clients [default: its last part].")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory file or URL: a space for each `user` that requests name."),
+    ] = None,
+    memory_budget: Annotated[
+        int, typer.Option(help="Words of memories before each message.")
+    ] = 256,
     tokenizer: Annotated[
         str | None, typer.Option(help="bytes, a directory or a cached hub id.")
     ] = None,
@@ -53,9 +60,9 @@ def serve(
 
     Example: holdfast serve runs/small --context-budget 256MiB --port 8000
     """
-    import ipaddress
     import logging
     import time
+    from contextlib import ExitStack
     from pathlib import Path
 
     from holdfast.cli.cache import make_policy
@@ -76,14 +83,7 @@ def serve(
         raise UsageError(
             f"serving needs the package {error.name}; install it: pip install 'holdfast[serve]'"
         ) from error
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not token:
-        raise UsageError(
-            f"--host {host} lets other machines in; set a token: HOLDFAST_TOKEN=... or --token"
-        )
+    refuse_open_doors(host, token)
     if waiting < 0:
         raise UsageError(f"--waiting {waiting}: 0 or more requests may wait")
     net, words = load(model, tokenizer=tokenizer, device=device, dtype=dtype)
@@ -94,14 +94,41 @@ def serve(
     )  # fmt: skip
     text = Text(net, words)
     engine = Engine(net, sizes, ends=text.ends, waiting=waiting)
-    served = Served(name or Path(model).name, engine, text, int(time.time()))
-    app = create_app(served, token=token or None, body_bytes=parse_bytes(max_body))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("holdfast.serve").info(
-        "serving %s at http://%s:%d/v1 with %s of context, policy %s",
-        served.name, host, port, format_bytes(sizes.budget), policy,
-    )  # fmt: skip
-    uvicorn.run(
-        app, host=host, port=port, access_log=False, log_level="warning", lifespan="on",
-        timeout_graceful_shutdown=10,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        past = None
+        if memory is not None:
+            from holdfast.cli.memory_options import opened
+            from holdfast.longterm.recollection import Recollection
+
+            past = Recollection(stack.enter_context(opened(memory)), memory_budget)
+        served = Served(name or Path(model).name, engine, text, int(time.time()), past)
+        app = create_app(served, token=token or None, body_bytes=parse_bytes(max_body))
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        logging.getLogger("holdfast.serve").info(
+            "serving %s at http://%s:%d/v1 with %s of context, policy %s",
+            served.name, host, port, format_bytes(sizes.budget), policy,
+        )  # fmt: skip
+        uvicorn.run(
+            app, host=host, port=port, access_log=False, log_level="warning", lifespan="on",
+            timeout_graceful_shutdown=10,
+        )  # fmt: skip
+
+
+def refuse_open_doors(host: str, token: str | None) -> None:
+    """A server that other machines reach needs a token.
+
+    Raises:
+        UsageError: `host` is not this machine alone, and there is no token.
+    """
+    import ipaddress
+
+    from holdfast.errors import UsageError
+
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and not token:
+        raise UsageError(
+            f"--host {host} lets other machines in; set a token: HOLDFAST_TOKEN=... or --token"
+        )

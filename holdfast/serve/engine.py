@@ -21,29 +21,18 @@ from holdfast.context.attention.relay import SharedPrefix
 from holdfast.context.cache.bounded import BoundedCache
 from holdfast.context.sampling import Sampler
 from holdfast.context.stream import read
-from holdfast.errors import DoesNotFit, HoldfastError
+from holdfast.errors import DoesNotFit
 from holdfast.plan.length_aware import LengthAwareScheduler, Request
 from holdfast.plan.length_predictor import LengthPredictor
 from holdfast.serve import batching
 from holdfast.serve.sizes import Sizes
+from holdfast.serve.unavailable import Busy, Stopped
 
 Reason = Literal["stop", "length", "cancelled", "error", "shutdown"]
 # Output tokens up to which lengths are predicted, and leading tokens that are worth sharing.
 PREDICTED, WORTH_SHARING = 4096, 16
 
 log = logging.getLogger("holdfast.serve")
-
-
-class Busy(HoldfastError):
-    """Too many wait already; `retry_after` says in how many seconds to come back."""
-
-    def __init__(self, message: str, retry_after: int):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Stopped(HoldfastError):
-    """The engine ends, or has ended."""
 
 
 @dataclass(eq=False)

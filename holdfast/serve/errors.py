@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from holdfast.errors import DoesNotFit, HoldfastError, UsageError
-from holdfast.serve.engine import Busy, Stopped
+from holdfast.serve.unavailable import Busy, Stopped
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -2,9 +2,11 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from holdfast.serve.engine import Engine
+if TYPE_CHECKING:
+    from holdfast.serve.engine import Engine
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Upper ends of the buckets of request durations, in seconds.
@@ -43,7 +45,7 @@ class Requests:
         yield f"{name}_count {total}"
 
 
-def exposition(engine: Engine, requests: Requests) -> str:
+def exposition(engine: "Engine", requests: Requests) -> str:
     """The document that Prometheus reads."""
     counts = engine.counts
     gauges = {
@@ -66,15 +68,19 @@ def exposition(engine: Engine, requests: Requests) -> str:
             "Requests that outgrew what was predicted.", engine.scheduler.preemptions
         ),
     }  # fmt: skip
-    lines: list[str] = []
-    for kind, numbers in (("gauge", gauges), ("counter", totals)):
-        for name, (help, value) in numbers.items():
-            lines += [*_head(f"holdfast_{name}", kind, help), f"holdfast_{name} {value}"]
+    lines = [*numbers("gauge", gauges), *numbers("counter", totals)]
     lines += _head("holdfast_requests_ended_total", "counter", "Requests by how they ended.")
     for reason in ("stop", "length", "cancelled", "error", "shutdown"):
         count = counts[f"ended_{reason}"]
         lines.append(f'holdfast_requests_ended_total{{reason="{reason}"}} {count}')
     return "\n".join([*lines, *requests.lines()]) + "\n"
+
+
+def numbers(kind: str, values: Mapping[str, tuple[str, float]]) -> Iterator[str]:
+    """Lines of gauges or counters: what each is, and its value, by name."""
+    for name, (help, value) in values.items():
+        yield from _head(f"holdfast_{name}", kind, help)
+        yield f"holdfast_{name} {value}"
 
 
 def _head(name: str, kind: str, help: str) -> Iterator[str]:

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from holdfast.context.answer import Answer
 from holdfast.context.sampling import Sampler
+from holdfast.longterm.recollection import Recollection
+from holdfast.longterm.records import Space
 from holdfast.serve import errors
 from holdfast.serve.engine import Engine, Job, Reason, Stopped
 from holdfast.serve.errors import Refusal
@@ -33,8 +35,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
 }  # fmt: skip
-# Of no effect on an answer.
-_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+# Of no effect on an answer; `user` names whose memories are meant where there is a memory.
+_IGNORED = ("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
             "parallel_tool_calls")  # fmt: skip
 
 
@@ -55,6 +57,7 @@ class Ask(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -120,12 +123,13 @@ class ChatAsk(Ask):
 
 @dataclass
 class Served:
-    """A model under a name, with the engine that runs it."""
+    """A model under a name, with the engine that runs it, and what it remembers of its users."""
 
     name: str
     engine: Engine
     text: Text
     created: int
+    past: Recollection | None = None
 
 
 class Delivery:
@@ -242,13 +246,16 @@ def router(served: Served) -> APIRouter:
     async def chat_completions(ask: ChatAsk, request: Request):
         check_name(ask.model)
         messages = [message.plain() for message in ask.messages]
+        kept = None
+        if served.past is not None and messages[-1]["role"] == "user":
+            kept = await _recall(served.past, messages, ask.user or "")
         source = "\n".join(message["content"] for message in messages)
         _short_enough(source, served)
         ids, shared = await encoded(served.text.chat, messages)
         wanted = ask.max_completion_tokens or ask.max_tokens
         delivery = Delivery(served, ask, request, ids, shared=shared, source=source,
                             wanted=wanted, default=CHAT_TOKENS)  # fmt: skip
-        return await _respond(delivery, ask, served, chat=True)
+        return await _respond(delivery, ask, served, chat=True, kept=kept)
 
     return api
 
@@ -264,7 +271,33 @@ def _short_enough(text: str, served: Served) -> None:
         )  # fmt: skip
 
 
-async def _respond(delivery: Delivery, ask: Ask, served: Served, *, chat: bool):
+@dataclass
+class _Kept:
+    """What is remembered of a request once it has been answered."""
+
+    past: Recollection
+    text: str
+    session: str
+    space: Space
+    ids: tuple[str, ...]
+
+    async def add(self, reply: str) -> None:
+        await asyncio.to_thread(self.past.keep, self.text, reply, self.session, self.space)
+
+
+async def _recall(past: Recollection, messages: list[dict[str, str]], user: str) -> _Kept:
+    """Put memories before the last message."""
+    text, space = messages[-1]["content"], Space(user=user)
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    session = past.session([message["content"] for message in messages[: first + 1]])
+    context = await asyncio.to_thread(past.recall, text, space)
+    messages[-1] = {**messages[-1], "content": past.before(context, text)}
+    return _Kept(past, text, session, space, context.ids)
+
+
+async def _respond(
+    delivery: Delivery, ask: Ask, served: Served, *, chat: bool, kept: _Kept | None = None
+):
     kind = "chat.completion" if chat else "text_completion"
     head = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -273,7 +306,7 @@ async def _respond(delivery: Delivery, ask: Ask, served: Served, *, chat: bool):
     if ask.stream:
         head["object"] = f"{kind}.chunk" if chat else kind
         with_usage = ask.stream_options is not None and ask.stream_options.include_usage
-        events = _events(delivery, head, chat, with_usage)
+        events = _events(delivery, head, chat, with_usage, kept)
         return StreamingResponse(events, media_type="text/event-stream",
                                  headers={"Cache-Control": "no-cache"})  # fmt: skip
     text = "".join([piece async for piece in delivery.pieces()])
@@ -282,11 +315,14 @@ async def _respond(delivery: Delivery, ask: Ask, served: Served, *, chat: bool):
         raise failure
     content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     choice = {"index": 0, **content, "finish_reason": delivery.reason, "logprobs": None}
+    if kept is not None:
+        await kept.add(text)
+        head["memories"] = kept.ids
     return JSONResponse({**head, "object": kind, "choices": [choice], "usage": delivery.usage()})
 
 
 async def _events(
-    delivery: Delivery, head: dict[str, Any], chat: bool, with_usage: bool
+    delivery: Delivery, head: dict[str, Any], chat: bool, with_usage: bool, kept: _Kept | None
 ) -> AsyncIterator[str]:
     """Server-sent events of a streamed answer."""
 
@@ -298,12 +334,16 @@ async def _events(
 
     if chat:
         yield event({"role": "assistant", "content": ""})
+    reply = []
     async for piece in delivery.pieces():
+        reply.append(piece)
         yield event({"content": piece})
     failure = delivery.failure()
     if failure is not None:
         yield _line(failure.body())
         return
+    if kept is not None:
+        await kept.add("".join(reply))
     yield event({}, delivery.reason)
     if with_usage:
         yield _line({**head, "choices": [], "usage": delivery.usage()})
