@@ -64,6 +64,22 @@ setup(
             extra_link_args=["-fopenmp"],
             optional=True,
         ),
+        Extension(
+            "holdfast.native._spann",
+            ["holdfast/native/spann.cpp"],
+            depends=["holdfast/native/spann_lanes.h"],
+            extra_compile_args=[
+                "-O3",
+                "-g0",
+                "-std=c++17",
+                "-ffp-contract=off",
+                "-fopenmp",
+                "-Wno-uninitialized",
+                "-Wno-psabi",
+            ],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        ),
         *counting_allocator(),
     ],
 )

@@ -20,6 +20,8 @@ PACKAGES = (
     "torchao",
     "galore-torch",
     "bitsandbytes",
+    "faiss-cpu",
+    "hnswlib",
 )
 HEAD = "# Results\n\nEach section is written by its benchmark, run with `--write`.\n"
 
