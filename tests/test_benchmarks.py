@@ -116,3 +116,61 @@ def test_a_peer_that_is_not_installed_is_named(plans, monkeypatch):
     monkeypatch.setitem(sys.modules, "pulp", None)
     result = plans.compare(["sac_milp"], plans.JOBS["tiny"])
     assert "needs pulp" in plans.table(result) and not result["held"]
+
+
+@pytest.fixture
+def presses(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.delitem(sys.modules, "kvpress", raising=False)
+    return importlib.import_module("kvpress")
+
+
+def _row(finch: float, press: float) -> dict:
+    def runs(recalls: dict[str, float]) -> dict[str, dict]:
+        return {name: {"recall": recall, "peak": 4096} for name, recall in recalls.items()}
+
+    mine = {"finch": finch, "sinks_recent": 0.0, "infinipot": 0.5, "sirllm": 0.25}
+    theirs = {"finch": press, "snapkv": 0.5, "streaming_llm": 0.0}
+    about = {"task": "needle", "length": 254, "keep": 8, "kept": 16384}
+    about |= {"full": 1.0, "their_full": 1.0}
+    return about | {"our": runs(mine), "their": runs(theirs)}
+
+
+def test_recall_at_equal_bytes_is_held_in_every_row_or_not_at_all(presses):
+    assert presses.held([_row(0.75, 0.5), _row(0.5, 0.5 + presses.NOISE)])
+    assert not presses.held([_row(0.75, 0.5), _row(0.5, 0.75)])
+    result = {"rows": [_row(0.75, 0.5)], "versions": {"kvpress": "1"}, "held": False}
+    # Nothing is a multiple of no recall at all.
+    assert "| 0.75 | 0.50 | 1.50 | 0.50 | 1.50 |" in presses.table(result)
+    assert "| 0.00 | 0.00 | - |" in presses.table(result)
+    assert "in every row: NO" in presses.notes(result)
+
+
+@pytest.mark.parametrize("keep", [8, 16])
+def test_every_policy_leaves_as_many_entries_as_a_press(presses, keep):
+    told = presses.episodes(3, 96, 0, 4)
+    found = presses.ours(presses.recall.model().eval(), told, keep)
+    assert set(found) == {"finch", "sinks_recent", "infinipot", "sirllm"}
+    assert all(run["peak"] > 0 and 0 <= run["recall"] <= 1 for run in found.values())
+
+
+def test_an_environment_that_cannot_be_made_is_named(presses, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        presses.subprocess, "run", lambda step: subprocess.CompletedProcess(step, 1)
+    )
+    with pytest.raises(presses.UsageError, match=r"venv .* failed; remove it"):
+        presses.environment(tmp_path / "none")
+
+
+def test_kvpress_reads_the_same_model_and_keeps_equal_bytes(presses):
+    folder = os.environ.get("HOLDFAST_KVPRESS")
+    if not folder:
+        pytest.skip("HOLDFAST_KVPRESS names no environment that has kvpress")
+    model = presses.recall.model().eval()
+    told = presses.episodes(2, 96, 0, 4)
+    found = presses.theirs(presses.environment(Path(folder)), model, told, (8,))
+    entry = 2 * 2 * 2 * 64 * 4  # keys and values, layers, heads, head size, fp32
+    kept = {name: run["kept"] for (name, _), run in found["runs"].items()}
+    assert kept == {name: (96 if name == "full" else 8) * entry for name in presses.PRESSES}
+    whole = presses.truncated_recall(model, told, 96)
+    assert found["runs"]["full", 96]["recall"] == whole
