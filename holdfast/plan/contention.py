@@ -4,6 +4,7 @@ On a machine with few cores nothing overlaps for free. Ranks slow each other dow
 collective's threads take turns with those that compute; both are measured, not assumed.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from holdfast.parallel.launch import launch
 from holdfast.plan.profile import Profile
 
 SIZES = tuple(4**k for k in range(5, 13))  # 1 KiB to 16 MiB
+BURST = 8  # pieces of work, about a millisecond each
 
 
 def measure(
@@ -35,24 +37,23 @@ def measure(
         raise UsageError(f"the profile is of {profile.device}; contention is measured on CPUs")
     found = launch(_probe, ranks, sizes, repeats, threads=profile.threads)
     # A collective ends when its last rank ends.
-    for name in ("all_reduce", "send"):
+    for name in ("all_reduce", "send", "stall"):
         rows = [max(times) for times in zip(*(f[name] for f in found), strict=True)]
         table = profile.collectives.setdefault(name, {})
-        table[ranks if name == "all_reduce" else 2] = list(zip(sizes, rows, strict=True))
+        table[2 if name == "send" else ranks] = list(zip(sizes, rows, strict=True))
     profile.slowdown[ranks] = max(1.0, sum(f["slowdown"] for f in found) / ranks)
-    profile.contention = min(1.0, max(0.0, sum(f["contention"] for f in found) / ranks))
 
 
 def _probe(sizes: tuple[int, ...], repeats: int) -> dict:
     """Runs in every rank."""
-    all_reduces, sends = [], []
+    all_reduces, sends, stalls = [], [], []
     for nbytes in sizes:
         buffer = torch.ones(max(1, nbytes // 4))
         all_reduces.append(_best(partial(dist.all_reduce, buffer), repeats))
         sends.append(_best(partial(_pass_on, buffer), repeats))
-    work = _Work()
-    alone, beside, both, reduce = [], [], [], []
-    buffer = torch.ones(sizes[-1] // 4)
+        stalls.append(_stall(buffer, all_reduces[-1], 3 * repeats))
+    work = _Work(512)
+    alone, beside = [], []
     # Bursts are short and many, so that on a busy machine some are left alone.
     for _ in range(5 * repeats):
         # Rank by rank first, so that each has measured how fast it is with the others asleep.
@@ -62,36 +63,50 @@ def _probe(sizes: tuple[int, ...], repeats: int) -> dict:
                 alone.append(_seconds(work))
         dist.barrier()
         beside.append(_seconds(work))
-        dist.barrier()
-        reduce.append(_seconds(lambda: dist.all_reduce(buffer)))
-        dist.barrier()
-        both.append(_seconds(lambda: _overlapped(work, buffer)))
-    single, pair, compute = min(reduce), min(both), min(beside)
-    hidden = (pair - max(single, compute)) / min(single, compute)
-    return {
-        "all_reduce": all_reduces,
-        "send": sends,
-        "slowdown": compute / min(alone),
-        "contention": hidden,
-    }
+    slowdown = min(beside) / min(alone)
+    return {"all_reduce": all_reduces, "send": sends, "stall": stalls, "slowdown": slowdown}
+
+
+def _stall(buffer: Tensor, single: float, repeats: int) -> float:
+    """Seconds that computing loses beside an all-reduce that takes `single` seconds alone.
+
+    Each is begun in the midst of work that outlasts it, as a bucket is while backward goes on.
+    """
+    work = _Work(64)
+    pieces = torch.tensor(math.ceil(2 * single / min(_seconds(work) for _ in range(repeats))))
+    dist.all_reduce(pieces, dist.ReduceOp.MAX)  # ranks differ; all shall work as long
+    # Small ones are too short for the clock one by one; of large ones, few make a burst.
+    buffers = [buffer.clone() for _ in range(max(1, BURST // int(pieces)))]
+    plain: list[float] = []
+    both: list[float] = []
+    for _ in range(repeats):
+        for times, reducing in ((plain, False), (both, True)):
+            dist.barrier()
+            times.append(_seconds(partial(_burst, work, int(pieces), buffers, reducing)))
+    return max(0.0, min(both) - min(plain)) / len(buffers)
+
+
+def _burst(work: Callable[[], None], pieces: int, buffers: list[Tensor], reducing: bool) -> None:
+    pending = []
+    for buffer in buffers:
+        if reducing:
+            pending.append(dist.all_reduce(buffer, async_op=True))
+        for _ in range(pieces):
+            work()
+    for reduce in pending:
+        reduce.wait()
 
 
 class _Work:
     """What a block does: products that fit the caches, and passes over its activations."""
 
-    def __init__(self) -> None:
-        self.x = torch.randn(512, 256)
+    def __init__(self, rows: int) -> None:
+        self.x = torch.randn(rows, 256)
         self.up, self.down = torch.randn(256, 1024), torch.randn(1024, 256)
 
     def __call__(self) -> None:
         inner = F.gelu(self.x @ self.up)
         F.layer_norm(self.x + inner @ self.down, (256,))
-
-
-def _overlapped(work: Callable[[], None], buffer: Tensor) -> None:
-    pending = dist.all_reduce(buffer, async_op=True)
-    work()
-    pending.wait()
 
 
 def _pass_on(buffer: Tensor) -> None:

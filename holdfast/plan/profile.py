@@ -4,7 +4,8 @@ An operation is known by its name, the shapes and dtypes of its tensors and the 
 arguments. It is timed once, while a real but shallow step runs, so that caches, allocations and
 neighbours are what they are in training; deeper models repeat the same operations. What passes
 between operations (Python, autograd's engine, kernel launches) is measured as a gap per operation
-and phase. Collectives are measured as a table of bytes and ranks.
+and phase; it grows with the operations, whose tensors are freed there. Collectives are measured
+as a table of bytes and ranks.
 """
 
 import json
@@ -27,7 +28,9 @@ from holdfast.files import write_text
 from holdfast.host import cpu_model
 from holdfast.plan.hardware import Hardware
 
-VERSION = 1
+VERSION = 2
+# Steps whose operations differ by less in length do not tell how a gap grows with them.
+APART = 1.5
 
 
 class Op(NamedTuple):
@@ -68,22 +71,23 @@ class Profile:
 
     Attributes:
         ops: key -> seconds.
-        gaps: phase -> seconds that pass beside each operation, one entry for each step measured;
-            slightly negative where timing an operation costs more than the gap.
-        collectives: name -> ranks -> [(bytes, seconds)], ascending.
+        gaps: phase -> (seconds of a mean operation, seconds that pass beside each), one entry
+            for each step measured; slightly negative where timing an operation costs more than
+            the gap.
+        collectives: name -> ranks -> [(bytes, seconds)], ascending; "stall" is what computing
+            loses beside an all-reduce: nothing where they overlap for free, and more than the
+            all-reduce alone takes where its threads and those that compute drive each other off
+            the same cores.
         slowdown: ranks on this machine -> how much slower each computes than alone.
-        contention: share of a collective's time that computing beside it waits for: 0 where they
-            overlap for free, 1 where they take turns on the same cores.
     """
 
     device: str = "cpu"
     threads: int = 1
     machine: str = ""
     ops: dict[str, float] = field(default_factory=dict)
-    gaps: dict[str, list[float]] = field(default_factory=dict)
+    gaps: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     collectives: dict[str, dict[int, list[tuple[int, float]]]] = field(default_factory=dict)
     slowdown: dict[int, float] = field(default_factory=dict)
-    contention: float = 0.0
 
     def missing(self, ops: Iterable[Op]) -> set[str]:
         return {op.key for op in ops} - self.ops.keys()
@@ -104,9 +108,25 @@ class Profile:
             "ask for the roofline explicitly with missing='roofline'"
         )
 
-    def gap(self, phase: str) -> float:
-        """Seconds beside each operation of a phase; 0 where no step was measured."""
-        return statistics.median(self.gaps.get(phase) or [0.0])
+    def beside(self, phase: str, count: int, seconds: float) -> float:
+        """Seconds that pass beside `count` operations that last `seconds` together.
+
+        By the line through the steps measured whose slope is the median of those through two
+        (Theil and Sen), which single disturbed steps do not bend; 0 where none was measured.
+        """
+        steps = self.gaps.get(phase)
+        if not steps:
+            return 0.0
+        slopes = [
+            (high - low) / (long - short)
+            for short, low in steps
+            for long, high in steps
+            if long > APART * short
+        ]
+        slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
+        return (
+            count * statistics.median(gap - slope * mean for mean, gap in steps) + slope * seconds
+        )
 
     def collective(self, name: str, nbytes: int, ranks: int) -> float | None:
         """Seconds of a collective, between measured sizes by straight lines; None if unknown."""
@@ -170,7 +190,7 @@ class Profile:
             total, count = totals[phase]
             whole = min(times[phase] for times in plain)
             name = "recompute" if recompute and phase == "backward" else phase
-            self.gaps.setdefault(name, []).append((whole - total) / count)
+            self.gaps.setdefault(name, []).append((total / count, (whole - total) / count))
         return len(fresh)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -191,6 +211,7 @@ class Profile:
                 raise ValueError(f"its version is not {VERSION}")
             fields.pop("torch")
             fields["slowdown"] = {int(n): f for n, f in fields["slowdown"].items()}
+            fields["gaps"] = {k: [(m, g) for m, g in rows] for k, rows in fields["gaps"].items()}
             fields["collectives"] = {
                 name: {int(n): [(s, t) for s, t in rows] for n, rows in tables.items()}
                 for name, tables in fields["collectives"].items()

@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,15 @@ class Held:
 
     peak: np.ndarray
     end: np.ndarray
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that are summed together, full after a share of the part with this number."""
+
+    part: int
+    share: float
+    nbytes: int
 
 
 def shard(source: ModelSource, t: int) -> ModelSource:
@@ -181,10 +191,24 @@ class StepGraph:
         peaks = [cells[0] for _, cells in found.peaks[0].values()]
         return Held(max(peaks, key=np.sum, default=np.zeros_like(found.end[0])), found.end[0])
 
-    def gradients(self, part: Part) -> int:
-        """Bytes of gradients that are complete after a part."""
-        marks = self.family.uniform["keep"].segments[part.traced].gradients
-        return sum(mark.nbytes for mark in marks) if part.backward else 0
+    def buckets(self, parts: list[Part], limit: int) -> list[Bucket]:
+        """How `DistributedDataParallel` cuts the gradients of `parts`, in their order.
+
+        A bucket closes after the gradient with which it holds `limit` bytes. A part makes its
+        gradients in proportion to their bytes.
+        """
+        found, waiting = [], 0
+        for k, part in enumerate(parts):
+            segment = self.family.uniform["keep"].segments[part.traced]
+            sizes = [mark.nbytes for mark in segment.gradients] if part.backward else []
+            for made, nbytes in zip(accumulate(sizes), sizes, strict=True):
+                waiting += nbytes
+                if waiting >= limit:
+                    found.append(Bucket(k, made / sum(sizes), waiting))
+                    waiting = 0
+        if waiting:
+            found.append(Bucket(len(parts) - 1, 1.0, waiting))
+        return found
 
     def flops(self) -> int:
         """FLOPs of one micro-batch at full depth, without recomputing."""

@@ -7,7 +7,7 @@ Bytes    of each rank over time, by our own trace: to the byte what a step holds
 Source   Bang, Choi, Kim, Kim, Rhu, vTrain: A Simulation Framework for Evaluating Cost-Effective
          and Compute-Optimal Large Language Model Training, MICRO 2024.
 Departs  bytes are predicted too, and a plan that does not fit is marked. Where ranks or streams
-         share cores, a measured slowdown and contention replace the assumption that they do not.
+         share cores, a measured slowdown and stall replace the assumption that they do not.
          Tensor parallelism splits the blocks; embedding and head stay whole on every rank.
 """
 
@@ -218,6 +218,10 @@ class VTrain:
         bandwidth, latency = device_link(self.hardware)
         return 2 * (ranks - 1) * (nbytes / ranks / bandwidth + latency)
 
+    def stall(self, nbytes: int, ranks: int) -> float:
+        """Seconds that computing loses beside an all-reduce; 0 where nobody measured any."""
+        return self.profile.collective("stall", nbytes, ranks) or 0.0
+
     def send(self, nbytes: int) -> float:
         """Seconds of a transfer between neighbours in a pipeline."""
         measured = self.profile.collective("send", nbytes, 2)
@@ -268,32 +272,32 @@ class _Replay:
         held = self._held(rank, kind, later=micro > 0 or self.plan.d > 1)
         opens = _changes(rank, held.peak, "start")
         reducing = kind == "B" and self.plan.d > 1 and micro == self.micros - 1
-        waiting, run = 0, 0.0
+        filled = self.graph.buckets(parts, self.plan.bucket_bytes) if reducing else []
+        run = 0.0
         for k, part in enumerate(parts):
-            run += self._part_seconds(part)
-            waiting += self.graph.gradients(part) if reducing else 0
-            full = waiting and (waiting >= self.plan.bucket_bytes or k == len(parts) - 1)
-            summed = self.plan.t > 1 and part.real[0] in ("F", "B")
-            if not (full or summed):
-                continue
-            name = (kind, rank, micro, k)
-            yield Task(name, compute, _ns(run), last, opens, phase)
-            last, opens, run = (name,), (), 0.0
-            if summed:
+            seconds, done = self._part_seconds(part), 0.0
+            for bucket in (bucket for bucket in filled if bucket.part == k):
+                name: tuple = (kind, rank, micro, k, bucket.share)
+                ready = _ns(run + (bucket.share - done) * seconds)
+                yield Task(name, compute, ready, last, opens, phase)
+                takes = self.vtrain.all_reduce(bucket.nbytes, self.plan.d)
+                # Nothing is left to compute beside the last.
+                beside = bucket is not filled[-1]
+                stall = self.vtrain.stall(bucket.nbytes, self.plan.d) if beside else 0.0
+                yield Task(("stall", *name), compute, _ns(stall), (), (), phase)
+                rest = _ns(max(0.0, takes - stall))
+                yield Task(("reduce", *name), net, rest, (("stall", *name),), (), phase)
+                reduces.append(("reduce", *name))
+                last, opens, run, done = (name,), (), 0.0, bucket.share
+            run += (1 - done) * seconds
+            if self.plan.t > 1 and part.real[0] in ("F", "B"):
+                name = (kind, rank, micro, k)
+                yield Task(name, compute, _ns(run), last, opens, phase)
                 again = 2 if kind == "B" and self.plan.recompute else 1
                 seconds = self.vtrain.all_reduce(self.graph.boundary_bytes, self.plan.t)
-                yield Task(
-                    ("sum", *name), net, _ns(again * BLOCK_REDUCES * seconds), last, (), phase
-                )
-                last = (("sum", *name),)
-            if full:
-                seconds = self.vtrain.all_reduce(waiting, self.plan.d)
-                waiting, shared = 0, self.vtrain.profile.contention
-                # On shared cores computing stands still for a part of the time.
-                yield Task(("share", *name), compute, _ns(shared * seconds), last, (), phase)
-                rest = _ns((1 - shared) * seconds)
-                yield Task(("reduce", *name), net, rest, (("share", *name),), (), phase)
-                reduces.append(("reduce", *name))
+                sums = _ns(again * BLOCK_REDUCES * seconds)
+                yield Task(("sum", *name), net, sums, (name,), (), phase)
+                last, opens, run = (("sum", *name),), (), 0.0
         closes = _changes(rank, held.end - held.peak, "end")
         yield Task((kind, rank, micro), compute, _ns(run), last, opens + closes, phase)
         if 0 <= target < p:
@@ -311,9 +315,10 @@ class _Replay:
         return self._seconds[key]
 
     def _ops_seconds(self, ops: Iterable[Op], phase: str) -> float:
-        profile, gap = self.vtrain.profile, self.vtrain.profile.gap(phase)
-        total = sum(gap + profile.seconds(op, self.vtrain.fallback) for op in ops)
-        return self.slowdown * max(0.0, total)
+        profile = self.vtrain.profile
+        times = [profile.seconds(op, self.vtrain.fallback) for op in ops]
+        total = sum(times)
+        return self.slowdown * max(0.0, total + profile.beside(phase, len(times), total))
 
     def _held(self, rank: int, kind: str, later: bool) -> Held:
         """Bytes of one action; forward and backward of a stage leave nothing but gradients."""

@@ -291,7 +291,8 @@ def _run() -> Result:
             "operations_profiled": len(profile.ops),
             "new_operations_for_a_deeper_model": new_for_depth,
             "slowdown_of_2_ranks": profile.slowdown[2],
-            "contention": profile.contention,
+            "all_reduce_seconds": profile.collectives["all_reduce"][2],
+            "stall_seconds": profile.collectives["stall"][2],
         },
         baseline={
             "roofline_median_error": plain_error,
