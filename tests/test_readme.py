@@ -12,7 +12,11 @@ from holdfast import cli, demo
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = {"README": README, "fine-tune": ROOT / "docs" / "fine-tune.md"}
+PAGES = {
+    "README": README,
+    "fine-tune": ROOT / "docs" / "fine-tune.md",
+    "memory": ROOT / "docs" / "memory.md",
+}
 # ```sh exit=3 marks a command that is meant to fail in this way.
 FENCE = re.compile(r"^```(sh|python)(?: exit=(\d))?\n(.*?)^```", re.M | re.S)
 BLOCKS = {name: FENCE.findall(page.read_text()) for name, page in PAGES.items()}
