@@ -23,6 +23,7 @@ from holdfast.longterm.work import Work
 
 RAM = 512 << 20
 _MANY = 500
+_PAGE = 2048
 _ROW = "version, position, session, kind, speaker, text, terms"
 _LIVE = "space = ? AND retired_at IS NULL AND searchable = 1"
 
@@ -99,7 +100,7 @@ class Searcher:
         image = self.sync(space)
         with image.lock:
             return image.corpus.search(
-                query, limit, _keys(allow), self._fetch(transaction, model), kinds
+                query, limit, _keys(allow), self._fetch(transaction, model, query), kinds
             )
 
     def search_rows(
@@ -115,8 +116,14 @@ class Searcher:
                 some,
             )
         corpus, model = self._empty(), self.model(transaction)
-        self._fill(transaction, corpus, rows)
-        return corpus.search(query, limit, None, self._fetch(transaction, model))
+        own, window = (
+            self.vectors(transaction, [row[0] for row in rows], part) for part in (OWN, WINDOW)
+        )
+        _fill(
+            corpus,
+            [(*row, own[row[0]], window[row[0]]) for row in rows if row[0] in own],
+        )
+        return corpus.search(query, limit, None, self._fetch(transaction, model, query))
 
     def _empty(self) -> Corpus:
         return Corpus(self.embedder.id, self.embedder.dim)
@@ -165,15 +172,20 @@ class Searcher:
             self._images.clear()
 
     def _fetch(
-        self, transaction: Transaction, model: int
+        self, transaction: Transaction, model: int, query: Query
     ) -> Callable[[Sequence[int]], Mapping[int, Stored]]:
+        # With token states a memory's own vector has no say.
+        wanted = (OWN, WINDOW) if query.states is None else (WINDOW, TOKENS)
+
         def fetch(keys: Sequence[int]) -> Mapping[int, Stored]:
             found: dict[int, dict[int, bytes]] = {}
-            for version, part, blob in _parts(transaction, model, (OWN, WINDOW, TOKENS), keys):
+            for version, part, blob in _parts(transaction, model, wanted, keys):
                 found.setdefault(version, {})[part] = blob
             return {
                 version: Stored(
-                    tokens=parts.get(TOKENS), window=_vector(parts[WINDOW]), own=_vector(parts[OWN])
+                    tokens=parts.get(TOKENS),
+                    window=_vector(parts[WINDOW]),
+                    own=_vector(parts[OWN]) if OWN in parts else None,
                 )
                 for version, parts in found.items()
             }
@@ -203,20 +215,19 @@ class Searcher:
         return image
 
     def _catch_up(self, transaction: Transaction, space: int, image: _Image) -> None:
-        new = transaction.rows(
-            f"SELECT {_ROW} FROM memory WHERE {_LIVE} AND version > ? ORDER BY position",
-            (space, image.version),
-        )
-        gone: set[int] = set()
-        moved: list[tuple[str, str, int]] = [
-            (row[3], row[2], row[1]) for row in new if row[2] is not None
-        ]
+        moved: list[tuple[str, str, int]] = []
         if image.seq:
-            gone = self._gone(transaction, space, image.seq, moved)
-        image.corpus.remove(sorted(gone))
-        self._fill(transaction, image.corpus, new)
+            image.corpus.remove(sorted(self._gone(transaction, space, image.seq, moved)))
+        known: set[int] = set()
+        last = image.version
+        for rows in self._pages(transaction, space, image.version):
+            known.update(row[0] for row in rows)
+            last = max(last, rows[-1][0])
+            if image.seq:
+                moved += [(row[3], row[2], row[1]) for row in rows if row[2] is not None]
+            _fill(image.corpus, rows)
+        image.version = last
         if image.seq:  # a first reading has every window as it is now
-            known = {row[0] for row in new}
             beside = {
                 row[0]
                 for kind, session, position in moved
@@ -226,24 +237,25 @@ class Searcher:
             }
             windows = self.vectors(transaction, sorted(beside - known), WINDOW)
             image.corpus.reframe(list(windows), np.array(list(windows.values())))
-        image.version = max([image.version, *(row[0] for row in new)])
 
-    def _fill(self, transaction: Transaction, corpus: Corpus, rows: Sequence[tuple]) -> None:
-        for start in range(0, len(rows), 4096):
-            some = rows[start : start + 4096]
-            own, window = (
-                self.vectors(transaction, [row[0] for row in some], part) for part in (OWN, WINDOW)
+    def _pages(self, transaction: Transaction, space: int, after: int) -> Iterator[list[tuple]]:
+        """Rows with their two vectors, a page at a time: all at once would take as much again."""
+        model = self.model(transaction)
+        columns = ", ".join(f"m.{name}" for name in _ROW.split(", "))
+        while True:
+            rows = transaction.rows(
+                f"SELECT {columns}, o.bytes, w.bytes FROM memory m "
+                "JOIN embedding o ON o.version = m.version AND o.model = ? AND o.part = ? "
+                "JOIN embedding w ON w.version = m.version AND w.model = ? AND w.part = ? "
+                # The plus keeps the space's index out of it: versions come in their own order.
+                "WHERE m.version > ? AND +m.space = ? AND m.retired_at IS NULL "
+                "AND m.searchable = 1 ORDER BY m.version LIMIT ?",
+                (model, OWN, model, WINDOW, after, space, _PAGE),
             )
-            corpus.add([
-                Doc(
-                    key=version, position=position, session=session,
-                    kind=kind, speaker=speaker, text=document(speaker, text),
-                    own=own[version], window=window[version],
-                    stems=terms.split(),
-                )
-                for version, position, session, kind, speaker, text, terms in some
-                if version in own
-            ])  # fmt: skip
+            if not rows:
+                return
+            yield rows
+            after = rows[-1][0]
 
     def _gone(
         self,
@@ -320,6 +332,18 @@ class Searcher:
             "ON CONFLICT (version, model, part) DO UPDATE SET bytes = excluded.bytes",
             parts,
         )
+
+
+def _fill(corpus: Corpus, rows: Sequence[tuple]) -> None:
+    """Enter rows of `_ROW`, own vector, window vector."""
+    corpus.add([
+        Doc(
+            key=version, position=position, session=session, kind=kind, speaker=speaker,
+            text=document(speaker, text), own=np.frombuffer(own, np.float32),
+            window=np.frombuffer(window, np.float32), stems=terms.split(),
+        )
+        for version, position, session, kind, speaker, text, terms, own, window in rows
+    ])  # fmt: skip
 
 
 def _keys(allow: Iterable[int] | None) -> np.ndarray | None:
