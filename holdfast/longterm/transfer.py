@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm import importers
+from holdfast.longterm import foreign, importers
 from holdfast.longterm.apply import Applier, dumps, key_hash, space_row
 from holdfast.longterm.records import Purge, Space, document, text_hash
 from holdfast.longterm.store import Transaction
@@ -112,7 +112,10 @@ def import_(memory: "Memory", file: Path, format: str, space: Space) -> dict[str
         raise unknown("import format", format, ["holdfast", *importers.FORMATS])
     changes = importers.FORMATS[format](file)
     before = memory.stats()["memories"]
-    memory._transact(lambda _, applier: applier.apply(changes), space)
+    memory._transact(
+        lambda _, applier: applier.apply(foreign.unseen(applier.sql, applier.space_id, changes)),
+        space,
+    )
     return {"read": len(changes), "memory": memory.stats()["memories"] - before}
 
 

@@ -117,10 +117,19 @@ class View:
 
     def _items(self, where: str, args: Sequence[Any], tail: str = "") -> list[Item]:
         rows = self._sql.rows(
-            f"SELECT {_ITEM} FROM memory WHERE space = ? AND {where} {tail}",
+            f"SELECT {_ITEM} FROM memory WHERE {'+' if ' IN (' in where else ''}space = ? "
+            f"AND {where} {tail}",
             [self._space_id, *args],
         )
         return [_item(self.space, row) for row in rows]
+
+    def kinds(self) -> list[str]:
+        """The kinds that current memories have."""
+        rows = self._sql.rows(
+            "SELECT DISTINCT kind FROM memory WHERE space = ? AND retired_at IS NULL ORDER BY kind",
+            [self._space_id],
+        )
+        return [kind for (kind,) in rows]
 
     def count(self, kind: str | None = None) -> int:
         """How many current memories there are."""

@@ -11,8 +11,13 @@ from holdfast.longterm.embed import Hash
 from holdfast.longterm.llm import FallbackWarning, LLMError, Scripted
 from holdfast.longterm.policy import Policy, as_turn, find, policies
 from holdfast.longterm.records import Add, Link, Retire, Revise, Source, Touch
-from tests.longterm.conftest import START, Clock
+from tests.longterm.conftest import ENGINES, START, Clock
 from tests.longterm.world import DAYS, messages
+
+
+def pytest_generate_tests(metafunc):
+    if "place" in metafunc.fixturenames:
+        metafunc.parametrize("place", ENGINES, indirect=True)
 
 
 def test_the_names_that_mem0_users_know(memory):
@@ -149,8 +154,8 @@ class Counting(Policy):
         return [as_turn(turn, text=f"{view.count()} {turn.text}") for turn in turns]
 
 
-def test_a_decision_is_made_again_if_another_writer_was_faster(tmp_path):
-    path, embedder = tmp_path / "m.db", Slow()
+def test_a_decision_is_made_again_if_another_writer_was_faster(place):
+    path, embedder = place("m"), Slow()
     with (
         Memory(path, policy=Counting(), embedder=embedder) as one,
         Memory(path, policy=Counting(), embedder=Hash(32)) as two,
@@ -182,12 +187,12 @@ def test_without_a_reply_the_rules_decide():
         assert len(item.text.split()) <= 5 and len(llm.requests) == 1
 
 
-def test_a_failing_embedder_leaves_nothing_behind(tmp_path):
+def test_a_failing_embedder_leaves_nothing_behind(place):
     class Broken(Hash):
         def encode(self, texts):
             raise OSError("the endpoint is gone")
 
-    with Memory(tmp_path / "m.db", embedder=Broken(32)) as memory:
+    with Memory(place("m"), embedder=Broken(32)) as memory:
         with pytest.raises(OSError, match="gone"):
             memory.add("x")
         assert memory.stats()["memories"] == memory.stats()["events"] == 0
@@ -204,9 +209,9 @@ def test_touch_changes_use_and_not_what_is_said(memory):
     assert len(memory.history(fact)) == 2, "a revision that changes nothing is none"
 
 
-def test_time_never_runs_backwards_in_the_log(tmp_path):
+def test_time_never_runs_backwards_in_the_log(place):
     clock = Clock()
-    with Memory(tmp_path / "m.db", embedder=Hash(32), clock=clock) as memory:
+    with Memory(place("m"), embedder=Hash(32), clock=clock) as memory:
         memory.add("one")
         clock.time -= timedelta(days=1)
         memory.add("two")
@@ -218,8 +223,8 @@ def test_time_never_runs_backwards_in_the_log(tmp_path):
             memory.add("x")
 
 
-def test_another_embedder_is_refused_and_the_own_one_found(tmp_path):
-    path = tmp_path / "m.db"
+def test_another_embedder_is_refused_and_the_own_one_found(place):
+    path = place("m")
     with Memory(path, embedder=Hash(32)) as memory:
         memory.add("Ann likes tea.")
     with Memory(path) as memory:
@@ -238,8 +243,8 @@ def test_policies_by_name():
         find("hybrid", k=3)
 
 
-def test_threads_share_one_memory(tmp_path):
-    with Memory(tmp_path / "m.db", embedder=Hash(32)) as memory:
+def test_threads_share_one_memory(place):
+    with Memory(place("m"), embedder=Hash(32)) as memory:
         errors = []
 
         def work(number):
@@ -258,9 +263,9 @@ def test_threads_share_one_memory(tmp_path):
         assert not errors and memory.stats()["memories"] == 40
 
 
-def test_the_same_from_asyncio(tmp_path):
+def test_the_same_from_asyncio(place):
     async def use():
-        async with AsyncMemory(tmp_path / "m.db", embedder=Hash(32)) as memory:
+        async with AsyncMemory(place("m"), embedder=Hash(32)) as memory:
             (fact,) = await memory.add("Ann likes tea.", user_id="ann")
             hits = await memory.search("tea", user_id="ann")
             return [hit.id for hit in hits] == [fact]

@@ -54,3 +54,31 @@ def replay(events):
         elif event.op in ("retire", "purge"):
             states.pop(event.id, None)
     return {i: s for i, s in states.items() if "text" in s}
+
+
+SPACES = ["ann", "bob", "t/ann", "t/ann/bot", "t/ann/bot/7"]
+DEEDS = ["add", "update", "delete", "search", "purge"]
+
+
+def stay_apart(memory, steps):
+    """Do (space, deed, which) one by one; each space must hold what was done to it alone."""
+    shadow = {space: {} for space in SPACES}
+    for number, (space, op, pick) in enumerate(steps):
+        own = sorted(shadow[space])
+        if op == "add":
+            text = f"{space} says {number} about tea"
+            shadow[space][memory.add(text, space=space)[0]] = text
+        elif op == "search":
+            found = memory.search("tea", limit=50, space=space)
+            assert {hit.id: hit.text for hit in found} == shadow[space]
+        elif own:
+            item = own[pick % len(own)]
+            if op == "update":
+                shadow[space][item] = f"{space} changed it at {number}"
+                memory.update(item, shadow[space][item], space=space)
+            else:
+                {"delete": memory.delete, "purge": memory.purge}[op](item, space=space)
+                del shadow[space][item]
+    for space in SPACES:
+        held = {item.id: item.text for item in memory.get_all(space=space)}
+        assert held == shadow[space]
