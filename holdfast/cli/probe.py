@@ -228,11 +228,136 @@ def position_loss(
     )
 
 
+def memory_structure(
+    data: Annotated[Path, typer.Option(help="LoCoMo's, HotpotQA's or MuSiQue's file.")],
+    budget: Annotated[str, typer.Option(help="Tokens of contexts, comma-separated.")] = (
+        "250,500,1000,4000"
+    ),
+    noise: Annotated[str, typer.Option(help="Other conversations among which to search.")] = "0",
+    structure: Annotated[
+        list[str] | None, typer.Option(help="Only these; repeatable [default: all].")
+    ] = None,
+    retriever: Annotated[
+        list[str] | None, typer.Option(help="Only these; repeatable [default: all].")
+    ] = None,
+    conversation: Annotated[
+        list[str] | None, typer.Option(help="Ask only about these; repeatable [default: all].")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="minilm, hash or openai:MODEL@URL [default: minilm].")
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible address of a model that ranks, thinks.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The language model's name.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare units of memory and ways to retrieve them, at equal tokens of context.
+
+    Units are chunks of turns, triples, facts, summaries of sessions, or all of them; the figures
+    are the share of the evidence whose units are in the context, and that of the answer's words.
+    A summary of a session counts for all its turns, so that its evidence flatters it.
+
+    Example: holdfast probe memory-structure --data locomo5.json --budget 500,1000 --noise 0,4
+    """
+    import os
+
+    from holdfast import host
+    from holdfast.longterm import embed
+    from holdfast.longterm import structure as structures
+    from holdfast.longterm.encodings import Kept
+    from holdfast.longterm.llm import OpenAI, Prompted
+    from holdfast.longterm.units import STRUCTURES, load
+
+    if (llm is None) != (model is None):
+        raise UsageError("--llm URL and --model NAME go together; give both")
+    judgement = None
+    if llm is not None and model is not None:
+        judgement = Prompted(OpenAI(llm, model, os.environ.get("HOLDFAST_LLM_KEY")))
+    sizes = _numbers("--budget", budget, int)
+    others = _numbers("--noise", noise, int, least=0)
+    kinds, ways = structure or STRUCTURES, retriever or structures.RETRIEVERS
+    chosen = embed.find(embedder) if embedder is not None else embed.default()
+    materials = load(data)
+    asked = conversation or [one.conversation.id for one in materials]
+    total = len(asked) * len(kinds) * len(others)
+    with cli.stdout_is_json(json), bar("memory-structure", total * len(ways)) as advance:
+        rows = structures.measure(
+            materials, Kept(chosen, host.cache_dir() / "encodings.db"), report=asked,
+            structures=kinds, retrievers=ways, budgets=sizes, noise=others, judgement=judgement,
+            progress=advance,
+        )  # fmt: skip
+    if json:
+        found = {"probe": "memory-structure", "conversations": asked, "embedder": chosen.id}
+        cli.print_json(found | {"rows": rows})
+        return
+    print(f"{', '.join(asked)}: {rows[0]['questions']} questions, {chosen.id}; shares in percent")
+    _table(
+        ["structure", "retriever", "noise", "budget", "units", "bytes", "evidence", "answer"],
+        [
+            [r["structure"], r["retriever"], str(r["noise"]), str(r["budget"]), str(r["units"])]
+            + [str(r["bytes"]), f"{r['evidence']:.1f}", f"{r['answer']:.1f}"]
+            for r in rows
+        ],
+    )
+
+
+def teafarm(
+    policies: Annotated[
+        str, typer.Option(help="Memory policies, with commas between them.")
+    ] = "theanine,keep_updated,hybrid",
+    budget: Annotated[int, typer.Option(help="Words of a context at most.")] = 150,
+    worlds: Annotated[int, typer.Option(help="Invented conversations whose mean is shown.")] = 4,
+    embedder: Annotated[str, typer.Option(help="hash, or minilm where it is installed.")] = "hash",
+    seed: Annotated[int, typer.Option(help="Seed of the first conversation.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Ask a memory questions with a false premise about facts that changed.
+
+    What counts is the share of questions whose context holds the memory that refutes the premise;
+    no model answers.
+
+    Example: holdfast probe teafarm --policies theanine,hybrid --budget 100
+    """
+    from statistics import mean
+
+    from holdfast.longterm import embed, teafarm
+    from holdfast.longterm.policy import find
+
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names or budget < 1 or worlds < 1:
+        raise UsageError(
+            f"--policies {policies!r} must name one, --budget {budget} and --worlds {worlds} be "
+            "at least 1"
+        )
+    for name in names:
+        find(name)
+    rows: list[dict[str, Any]] = []
+    made = [teafarm.world(number) for number in range(seed, seed + worlds)]
+    reader = embed.find(embedder)
+    total = len(names) * sum(len(one.questions) for one in made)
+    with cli.stdout_is_json(json), bar("teafarm", total) as advance:
+        for name in names:
+            shares = []
+            for one in made:
+                with teafarm.lived(one, name, reader) as memory:
+                    shares.append(teafarm.refuted(memory, one, budget, advance))
+            rows.append({"policy": name, "refuted": mean(shares)})
+    if json:
+        found = {"probe": "teafarm", "questions": total // len(names), "budget": budget}
+        cli.print_json(found | {"embedder": reader.id, "rows": rows})
+        return
+    print(f"{total // len(names)} questions with a false premise, contexts of {budget} words")
+    _table(["policy", "refuted"], [[r["policy"], f"{r['refuted']:.0%}"] for r in rows])
+
+
 # Name -> what `holdfast probe NAME` runs.
 PROBES: dict[str, Callable[..., None]] = {
     "data-pruning": data_pruning,
+    "memory-structure": memory_structure,
     "position-loss": position_loss,
     "shrink": shrink,
+    "teafarm": teafarm,
 }
 
 app = typer.Typer(
@@ -244,14 +369,16 @@ for _name, _probe in PROBES.items():
     app.command(_name)(_probe)
 
 
-def _numbers(option: str, text: str, kind: type) -> list:
+def _numbers(option: str, text: str, kind: type, least: float | None = None) -> list:
+    """Numbers above 0, or from `least` on."""
     try:
         found = [kind(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) <= 0:
+    if not found or (min(found) <= 0 if least is None else min(found) < least):
         what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"{option} {text!r}: expected positive {what} with commas between them")
+        what = f"positive {what}" if least is None else f"{what} from {least:g} on"
+        raise UsageError(f"{option} {text!r}: expected {what} with commas between them")
     return found
 
 
