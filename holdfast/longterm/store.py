@@ -141,8 +141,9 @@ class SqliteStore:
 
     def _identify(self, connection: sqlite3.Connection) -> None:
         """Refuse what is not ours, before anything is changed."""
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        # In this order: another process may make tables and id, together, between the two.
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
         if application != _APPLICATION and tables:
             raise UsageError(
                 f"{self.path} is a SQLite file of another program; name another file for the memory"
