@@ -2,7 +2,14 @@
 
 import typer
 
-from holdfast.cli import memory_compare, memory_file, memory_mcp, memory_read, memory_write
+from holdfast.cli import (
+    memory_compare,
+    memory_file,
+    memory_mcp,
+    memory_read,
+    memory_table,
+    memory_write,
+)
 
 app = typer.Typer(
     help="Long-term memory of agents: add, search, correct, forget, serve.",
@@ -15,6 +22,7 @@ _VERBS = {
     "add": memory_write.add,
     "search": memory_read.search,
     "context": memory_read.context,
+    "ask": memory_read.ask,
     "show": memory_read.show,
     "history": memory_read.history,
     "update": memory_write.update,
@@ -29,6 +37,7 @@ _VERBS = {
     "stats": memory_file.stats,
     "spaces": memory_file.spaces,
     "policies": memory_read.policies,
+    "table": memory_table.table,
     "compare": memory_compare.compare,
     "serve": memory_file.serve,
     "mcp": memory_mcp.mcp,

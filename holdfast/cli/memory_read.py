@@ -88,6 +88,37 @@ def context(
 
 
 @opens
+def ask(
+    memory: "Memory",
+    question: Annotated[str, typer.Argument(help="What is to be answered.")],
+    limit: Limit = 10,
+    abstain: Annotated[
+        bool, typer.Option(help="Say so where nothing found covers the question.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Answer a question from memory and cite what supports the answer.
+
+    With --llm a model answers from what was found; without, the best sentence does. Each claim of
+    the answer is checked, and names the memory and the bytes that support it.
+
+    Example: holdfast memory ask notes.memory "Where does Ann live?" --user ann
+    """
+    from holdfast.longterm.plain import plain
+
+    answer = memory.ask(question, abstain=abstain, limit=limit)
+    if json:
+        cli.print_json(plain(answer))
+        return
+    print(safe(answer.text))
+    for claim in answer.grounding.claims if answer.grounding is not None else ():
+        for cited in claim.citations:
+            print(f"    {cited.uri} bytes {cited.start}-{cited.end}")
+        if not claim.supported:
+            print(f"    unsupported: {safe(claim.text)} ({claim.reason})")
+
+
+@opens
 def show(
     memory: "Memory",
     id: Annotated[str | None, typer.Argument(help="One memory [default: a page of all].")] = None,

@@ -14,6 +14,8 @@ from holdfast.longterm import embed, transfer
 from holdfast.longterm.apply import Applier, space_row
 from holdfast.longterm.budget import Context, handed_out, words
 from holdfast.longterm.embed import Embedder, Query
+from holdfast.longterm.ground import Answer
+from holdfast.longterm.ground import ask as ask_source
 from holdfast.longterm.llm import LLM, Judgement, Prompted, Rules
 from holdfast.longterm.policy import Policy, find
 from holdfast.longterm.records import (
@@ -32,6 +34,7 @@ from holdfast.longterm.records import (
 )
 from holdfast.longterm.search import Searcher
 from holdfast.longterm.store import Store, open_store
+from holdfast.longterm.support import REACH
 from holdfast.longterm.view import View
 from holdfast.longterm.work import ATTEMPTS, Pending, Work
 
@@ -251,6 +254,36 @@ class Memory:
         if changes:
             self._transact(lambda _, applier: applier.apply(_still(applier, changes)), space)
         return made
+
+    @_in_space
+    def ask(
+        self,
+        question: str,
+        *,
+        abstain: bool = True,
+        limit: int = 10,
+        encoded: Query | None = None,
+        space: SpaceLike = None,
+    ) -> Answer:
+        """Answer from this memory, with citations: in a model's words, or with what was said.
+
+        Hits are read together with the turns before and after them. A citation names a memory, a
+        byte range and a hash; `ground.resolve` says whether they still stand there.
+
+        Args:
+            abstain: answer "not in memory" where nothing found covers the question.
+            limit: hits to answer from.
+
+        Raises:
+            UsageError: an empty question, or a limit below 1.
+        """
+
+        def found(query: str, k: int) -> list[Hit]:
+            hits = self.search(query, limit=k, encoded=encoded, space=space)
+            with self.reading(space=space) as view:
+                return _with_neighbours(view, hits)
+
+        return ask_source(found, question, self.llm, abstain=abstain, k=limit)
 
     @_in_space
     def get(self, memory_id: str, *, space: SpaceLike = None) -> Item | None:
@@ -537,6 +570,21 @@ def _without_echoes(view: View, turn: Turn) -> tuple[str | None, list[str]]:
     return rest or None, known
 
 
+def _with_neighbours(view: View, hits: Sequence[Hit]) -> list[Hit]:
+    """Hits, and behind them what stands up to `REACH` places from them in their sessions."""
+    known = {hit.id for hit in hits}
+    near = {
+        item.id: item
+        for hit in hits
+        if hit.session is not None
+        for newest in (True, False)
+        for item in view.items(
+            session=hit.session, kind=hit.kind, limit=REACH, after=hit.position, newest=newest
+        )
+    }
+    return [*hits, *view.hits([(item, 0.0, {}) for i, item in near.items() if i not in known])]
+
+
 def _still(applier: Applier, changes: Sequence[Change]) -> list[Change]:
     """Without touches of memories that another process has retired: a read must not fail."""
     return [c for c in changes if not isinstance(c, Touch) or applier.is_current(c.id)]
@@ -570,7 +618,7 @@ def _asynchronous(name: str) -> Callable:
 
 
 for _name in (
-    "add", "search", "context", "get", "get_all", "update", "delete", "purge", "history", "as_of",
-    "forget", "summarise", "transact", "export", "import_", "stats", "close",
+    "add", "search", "context", "ask", "get", "get_all", "update", "delete", "purge", "history",
+    "as_of", "forget", "summarise", "transact", "export", "import_", "stats", "close",
 ):  # fmt: skip
     setattr(AsyncMemory, _name, _asynchronous(_name))
