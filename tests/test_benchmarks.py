@@ -174,3 +174,26 @@ def test_kvpress_reads_the_same_model_and_keeps_equal_bytes(presses):
     assert kept == {name: (96 if name == "full" else 8) * entry for name in presses.PRESSES}
     whole = presses.truncated_recall(model, told, 96)
     assert found["runs"]["full", 96]["recall"] == whole
+
+
+def test_memories_are_added_and_searched_by_given_vectors(monkeypatch, tmp_path):
+    import numpy as np
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peer = importlib.import_module("memory_peer")
+    monkeypatch.setattr(peer, "SINGLE", 20)
+    pick = np.random.default_rng(0)
+    vectors = pick.standard_normal((120, 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (tmp_path / "texts.json").write_text(json.dumps([f"turn {i} on tea" for i in range(120)]))
+    (tmp_path / "questions.json").write_text(json.dumps(["turn 7?", "tea?"]))
+    np.save(tmp_path / "vectors.npy", vectors)
+    np.save(tmp_path / "tokens.npy", pick.integers(0, 255, (120, 2 * 48), dtype=np.uint8))
+    np.save(tmp_path / "asked.npy", vectors[:2])
+    states = {f"s{i}": vectors[i : i + 3] for i in range(2)}
+    words = {f"w{i}": np.array(["turn", "on", "tea"]) for i in range(2)}
+    np.savez(tmp_path / "states.npz", **states, **words)
+    found = peer.ours(tmp_path, peer.Data(tmp_path), "process")
+    assert found["disk_bytes"] > found["index_bytes"] > 120 * 2 * 384
+    for name in ("add", "search", "fdatasync"):
+        assert 0 < found[name]["p50"] <= found[name]["p99"]
