@@ -7,10 +7,14 @@ __all__ = ["AsyncMemory", "Memory", "Space"]
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the room's tools work without what the whole of it needs.
-    if name in ("AsyncMemory", "Memory"):
-        from holdfast.longterm import memory
+    if name == "Memory":
+        from holdfast.longterm.memory import Memory
 
-        return getattr(memory, name)
+        return Memory
+    if name == "AsyncMemory":
+        from holdfast.longterm.asynchronous import AsyncMemory
+
+        return AsyncMemory
     if name == "Space":
         from holdfast.longterm.records import Space
 

@@ -33,9 +33,8 @@ _STATE = (
 
 @dataclass
 class Applied:
-    """What changes did: the id of each one's memory or edge, and what has to be encoded anew."""
+    """What changes did: what was added and purged, and what has to be encoded anew."""
 
-    ids: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     # (kind, session, position) whose neighbours read differently now.
@@ -88,7 +87,6 @@ class Applier:
                     ids.append(self._purge(change))
                 case _:
                     raise TypeError(f"{change!r} is no change; see holdfast.longterm.records")
-        self.done.ids += ids
         return ids
 
     def is_current(self, item: str) -> bool:

@@ -1,6 +1,5 @@
 """`Memory`: one durable memory for every agent, whatever policy decides what it keeps."""
 
-import asyncio
 import functools
 import inspect
 import os
@@ -12,7 +11,8 @@ from typing import Any
 from holdfast.errors import UsageError
 from holdfast.longterm import embed, transfer
 from holdfast.longterm.apply import Applier, space_row
-from holdfast.longterm.budget import Context, handed_out, words
+from holdfast.longterm.budget import Context, words
+from holdfast.longterm.echoes import without_echoes
 from holdfast.longterm.embed import Embedder, Query
 from holdfast.longterm.ground import Answer
 from holdfast.longterm.ground import ask as ask_source
@@ -29,7 +29,6 @@ from holdfast.longterm.records import (
     Touch,
     Turn,
     micros,
-    text_hash,
     turns_of,
 )
 from holdfast.longterm.search import Searcher
@@ -159,7 +158,7 @@ class Memory:
         echoes: list[Change] = []
         fresh: list[Turn] = []
         for turn in turns:
-            rest, known = _without_echoes(view, turn)
+            rest, known = without_echoes(view, turn)
             echoes += [Touch(item) for item in known]
             if rest is not None:
                 fresh.append(
@@ -174,9 +173,9 @@ class Memory:
             self._link(view, applier)
         return list(dict.fromkeys(ids))
 
-    def _link(self, view: View, applier: Applier, since: int = 0) -> None:
+    def _link(self, view: View, applier: Applier) -> None:
         """Let the policy relate what has been added; what that adds is not linked again."""
-        added = view.get_many(applier.done.added[since:])
+        added = view.get_many(applier.done.added)
         if added:
             applier.apply(self.policy.link(view, list(added.values())))
 
@@ -551,25 +550,6 @@ class _Reading:
         self._open.__exit__(*error)
 
 
-def _without_echoes(view: View, turn: Turn) -> tuple[str | None, list[str]]:
-    """A turn's text without what this memory handed out, and the ids of that."""
-    whole = handed_out(turn.text)
-    if whole is not None:
-        current = view.get_many(item for item, _ in whole)
-        if all(item in current and current[item].text == text for item, text in whole):
-            return None, [item for item, _ in whole]
-    kept, known = [], []
-    for row in turn.text.split("\n"):
-        echo = handed_out(row)
-        item = view.get(echo[0][0]) if echo else None
-        if item is not None and echo is not None and text_hash(item.text) == text_hash(echo[0][1]):
-            known.append(item.id)
-        else:
-            kept.append(row)
-    rest = "\n".join(kept).strip() if known else turn.text
-    return rest or None, known
-
-
 def _with_neighbours(view: View, hits: Sequence[Hit]) -> list[Hit]:
     """Hits, and behind them what stands up to `REACH` places from them in their sessions."""
     known = {hit.id for hit in hits}
@@ -592,33 +572,3 @@ def _still(applier: Applier, changes: Sequence[Change]) -> list[Change]:
 
 def _has(metadata: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
     return all(name in metadata and metadata[name] == value for name, value in filters.items())
-
-
-class AsyncMemory:
-    """`Memory` for asyncio: the same methods, awaited; each runs in a thread."""
-
-    def __init__(self, path_or_url: str | os.PathLike[str], **options: Any):
-        self.sync = Memory(path_or_url, **options)
-
-    async def __aenter__(self) -> "AsyncMemory":
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.sync.close)
-
-
-def _asynchronous(name: str) -> Callable:
-    method = getattr(Memory, name)
-
-    @functools.wraps(method)
-    async def call(self: AsyncMemory, *args: Any, **options: Any) -> Any:
-        return await asyncio.to_thread(getattr(self.sync, name), *args, **options)
-
-    return call
-
-
-for _name in (
-    "add", "search", "context", "ask", "get", "get_all", "update", "delete", "purge", "history",
-    "as_of", "forget", "summarise", "transact", "export", "import_", "stats", "close",
-):  # fmt: skip
-    setattr(AsyncMemory, _name, _asynchronous(_name))

@@ -114,7 +114,6 @@ ATTITUDES = frozenset(listed("love like enjoy hate miss appreciate adore hope wi
 STATUS = frozenset(listed("single married divorced engaged widowed separated pregnant retired"))
 # After these verbs the object is something wanted, not something that is.
 WISHES = frozenset(listed("want hope plan intend wish aim decide consider dream need think"))
-ENDS = frozenset(listed("stop quit give_up"))
 # Verbs whose object is a thought or a courtesy, never a fact to keep.
 EMPTY = frozenset(
     listed("think guess mean know see hear say tell bet agree wonder suppose thank let believe")

@@ -22,7 +22,6 @@ from holdfast.longterm.terms import stems
 
 if TYPE_CHECKING:
     from holdfast.longterm.memory import Memory
-    from holdfast.longterm.view import View
 
 VERSION = 1
 _MEMORY = (
@@ -105,9 +104,7 @@ def import_(memory: "Memory", file: Path, format: str, space: Space) -> dict[str
     """
     if format == "holdfast":
         lines = _read(file)
-        return memory._transact(
-            lambda view, applier: _insert(memory, applier, view, lines, space), space
-        )
+        return memory._transact(lambda _, applier: _insert(applier, lines, space), space)
     if format not in importers.FORMATS:
         raise unknown("import format", format, ["holdfast", *importers.FORMATS])
     changes = importers.FORMATS[format](file)
@@ -146,9 +143,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _insert(
-    memory: "Memory", applier: Applier, view: "View", lines: list[dict[str, Any]], space: Space
-) -> dict[str, int]:
+def _insert(applier: Applier, lines: list[dict[str, Any]], space: Space) -> dict[str, int]:
     rows = lines[1:-1]
     if lines[0]["space"] != str(space):
         rows = [_renamed(row, space) for row in rows]

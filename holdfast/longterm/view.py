@@ -150,16 +150,6 @@ class View:
                 args.append(value)
         return self._edges(" AND ".join(where), args)
 
-    def edges_as_of(self, valid: datetime | None, recorded: datetime | None) -> list[Edge]:
-        """`as_of` for edges."""
-        seen = micros(recorded or self.now, "recorded")
-        holds = micros(valid or recorded or self.now, "valid")
-        return self._edges(
-            "recorded_at <= ? AND (retired_at IS NULL OR retired_at > ?) "
-            "AND (valid_from IS NULL OR valid_from <= ?) AND (valid_to IS NULL OR valid_to > ?)",
-            [seen, seen, holds, holds],
-        )
-
     def _edges(self, where: str, args: Sequence[Any]) -> list[Edge]:
         rows = self._sql.rows(
             f"SELECT {_EDGE} FROM edge WHERE space = ? AND {where} ORDER BY recorded_at, id",

@@ -40,11 +40,10 @@ def test_by_hand():
     )
 
 
+# Line breaks other than \n are characters of a line like any other.
 @given(st.lists(st.text(min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=5))
 def test_what_was_handed_out_is_recognised(texts):
     text = "\n".join(line(hit(one)) for one in texts)
-    if any("\r" in one or "\x0b" in one for one in texts):
-        return
     found = handed_out(text)
     assert found is not None and [i for i, _ in found] == [ID] * len(texts)
 

@@ -40,9 +40,6 @@ def test_within_budget_in_order_and_the_last_turn_once(turns, budget, count):
 
 
 def test_it_ends_where_even_summaries_are_too_long():
-    class Counted(SCM):
-        calls = 0
-
     with scm(long=5, summary=40, top_k=6) as memory:
         for i in range(8):
             memory.add({"role": "user", "content": f"tea {i} " + "word " * 80})
