@@ -25,7 +25,7 @@ test: install
 test-browser: install
 	$(PIP) playwright
 	command -v chromium || command -v google-chrome || $(BIN)/python -m playwright install chromium
-	$(BIN)/python -m pytest -rs tests/longterm/test_web.py
+	$(BIN)/python -m pytest -rs tests/longterm/service/test_web.py
 
 lint: install
 	$(BIN)/ruff check .

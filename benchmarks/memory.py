@@ -23,9 +23,9 @@ import numpy as np
 from results import conditions, write_section
 
 from holdfast.errors import HoldfastError
-from holdfast.longterm import locomo
-from holdfast.longterm.embed import MiniLM
-from holdfast.longterm.encoded import encode
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.encoded import encode
+from holdfast.longterm.retrieval.embed import MiniLM
 from holdfast.units import format_bytes
 
 HERE = Path(__file__).parent

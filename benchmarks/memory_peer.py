@@ -76,7 +76,7 @@ def sync_seconds(folder: Path) -> list[float]:
 
 def ours(folder: Path, data: Data, durability: str) -> dict[str, Any]:
     from holdfast.longterm.memory import Memory
-    from holdfast.longterm.vectors import InContext, Query
+    from holdfast.longterm.retrieval.vectors import InContext, Query
 
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     states = np.load(folder / "states.npz")

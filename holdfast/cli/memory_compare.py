@@ -44,11 +44,12 @@ def compare(
     from holdfast import host
     from holdfast.errors import UsageError, unknown
     from holdfast.files import write_text
-    from holdfast.longterm import compare as comparison
-    from holdfast.longterm import embed, locomo
-    from holdfast.longterm.encodings import Kept
-    from holdfast.longterm.llm import OpenAI
+    from holdfast.longterm.evaluation import compare as comparison
+    from holdfast.longterm.evaluation import locomo
+    from holdfast.longterm.language.llm import OpenAI
     from holdfast.longterm.policy import policies
+    from holdfast.longterm.retrieval import embed
+    from holdfast.longterm.retrieval.encodings import Kept
 
     if (llm is None) != (model is None):
         raise UsageError("--llm URL and --model NAME go together; give both")

@@ -51,7 +51,7 @@ def import_(
 
     Example: holdfast memory import notes.memory ann.jsonl --user ann
     """
-    from holdfast.longterm.maintain import rehearsal
+    from holdfast.longterm.store.maintain import rehearsal
 
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
@@ -94,8 +94,8 @@ def verify(memory: "Memory", json: Json = False) -> None:
 
     Example: holdfast memory verify notes.memory
     """
-    from holdfast.longterm import maintain
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
+    from holdfast.longterm.store import maintain
 
     with bar("comparing", None) as advance:
         report = maintain.verify(memory, advance)
@@ -126,8 +126,8 @@ def reembed(
 
     Example: holdfast memory reembed notes.memory --embedder minilm
     """
-    from holdfast.longterm import reembed as work
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
+    from holdfast.longterm.store import reembed as work
 
     todo = work.left_to_do(memory, memory.embedder)
     with bar("encoding", todo) as advance:
@@ -163,7 +163,7 @@ def spaces(memory: "Memory", json: Json = False) -> None:
 
     Example: holdfast memory spaces notes.memory
     """
-    from holdfast.longterm import maintain
+    from holdfast.longterm.store import maintain
 
     rows = maintain.spaces(memory)
     if json:
@@ -204,7 +204,7 @@ def serve(
     try:
         import uvicorn
 
-        from holdfast.longterm.http import create_app
+        from holdfast.longterm.service.http import create_app
     except ImportError as error:
         raise UsageError(
             f"serving needs the package {error.name}; install it: pip install 'holdfast[serve]'"

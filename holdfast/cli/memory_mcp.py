@@ -29,7 +29,7 @@ def mcp(
     from holdfast.errors import UsageError
 
     try:
-        from holdfast.longterm.mcp import http_app, server
+        from holdfast.longterm.service.mcp import http_app, server
     except ImportError as error:
         raise UsageError(
             f"MCP needs the package {error.name}; install it: pip install 'holdfast[memory]'"

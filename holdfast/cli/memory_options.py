@@ -17,7 +17,7 @@ import typer
 from holdfast.errors import HoldfastError, UsageError
 
 if TYPE_CHECKING:
-    from holdfast.longterm.llm import LLM
+    from holdfast.longterm.language.llm import LLM
     from holdfast.longterm.memory import Memory
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -164,7 +164,7 @@ def _llm(url: str | None, model: str | None) -> "LLM | None":
         return None
     if url is None or model is None:
         raise UsageError("--llm URL and --model NAME go together; give both")
-    from holdfast.longterm.llm import OpenAI
+    from holdfast.longterm.language.llm import OpenAI
 
     return OpenAI(url, model, os.environ.get("HOLDFAST_LLM_KEY"))
 

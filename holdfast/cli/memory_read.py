@@ -43,7 +43,7 @@ def search(
 
     Example: holdfast memory search notes.memory "Where does Ann live?" --user ann
     """
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     hits = memory.search(
         query, limit=limit, filters=pairs(filter, "--filter") or None, kinds=kind,
@@ -78,7 +78,7 @@ def context(
 
     Example: holdfast memory context notes.memory "plan Ann's move" --budget 500 --user ann
     """
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     made = memory.context(query, budget)
     if json:
@@ -104,7 +104,7 @@ def ask(
 
     Example: holdfast memory ask notes.memory "Where does Ann live?" --user ann
     """
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     answer = memory.ask(question, abstain=abstain, limit=limit)
     if json:
@@ -138,7 +138,7 @@ def show(
 
     Example: holdfast memory show notes.memory --user ann --newest --limit 20
     """
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     if id is not None:
         item = memory.get(id)
@@ -177,7 +177,7 @@ def show(
 
 
 def _show(item: "Item", json: bool) -> None:
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     document = plain(item)
     if json:
@@ -195,7 +195,7 @@ def history(memory: "Memory", id: Id, json: Json = False) -> None:
 
     Example: holdfast memory history notes.memory m0123456789abcdef0123 --user ann
     """
-    from holdfast.longterm.plain import plain
+    from holdfast.longterm.service.plain import plain
 
     events = memory.history(id)
     if not events:
@@ -219,8 +219,8 @@ def policies(json: Json = False) -> None:
     """
     import inspect
 
-    from holdfast.longterm.plain import plain
     from holdfast.longterm.policy import policies as known
+    from holdfast.longterm.service.plain import plain
 
     rows = []
     for name, cls in known().items():

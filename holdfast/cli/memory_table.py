@@ -22,7 +22,7 @@ def table(
     Example: holdfast memory table --md
     """
     from holdfast.errors import UsageError
-    from holdfast.longterm import taxonomy
+    from holdfast.longterm.evaluation import taxonomy
 
     if md and json:
         raise UsageError("--md and --json exclude each other; give one of them")

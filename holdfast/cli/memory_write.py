@@ -50,7 +50,7 @@ def add(
 
     Example: holdfast memory add notes.memory "Ann moved to Bern in May." --user ann
     """
-    from holdfast.longterm.maintain import rehearsal
+    from holdfast.longterm.store.maintain import rehearsal
 
     if (text is None) == (jsonl is None):
         raise UsageError("give a TEXT, - to read it from standard input, or --jsonl FILE")
@@ -140,7 +140,7 @@ def update(
 
     Example: holdfast memory update notes.memory m0123456789abcdef0123 "Ann moved to Basel."
     """
-    from holdfast.longterm.maintain import rehearsal
+    from holdfast.longterm.store.maintain import rehearsal
 
     with rehearsal(memory) if dry_run else nullcontext() as would:
         memory.update(id, sys.stdin.read() if text == "-" else text)
@@ -175,8 +175,8 @@ def delete(
 
 
 def _retire(memory: "Memory", ids: Iterable[str], why: str, dry_run: bool, json: bool) -> None:
-    from holdfast.longterm.maintain import rehearsal
     from holdfast.longterm.records import Retire
+    from holdfast.longterm.store.maintain import rehearsal
 
     with rehearsal(memory) if dry_run else nullcontext() as would:
         done = memory.transact(lambda _: [Retire(id, why) for id in dict.fromkeys(ids)])
@@ -200,8 +200,8 @@ def forget(
 
     Example: holdfast memory forget notes.memory --user ann --dry-run
     """
-    from holdfast.longterm.maintain import rehearsal
     from holdfast.longterm.records import Retire
+    from holdfast.longterm.store.maintain import rehearsal
 
     if ids:
         _retire(memory, ids, why, dry_run, json)
@@ -226,7 +226,7 @@ def purge(
 
     Example: holdfast memory purge notes.memory m0123456789abcdef0123 --user ann
     """
-    from holdfast.longterm.maintain import rehearsal
+    from holdfast.longterm.store.maintain import rehearsal
 
     with rehearsal(memory) if dry_run else nullcontext() as would:
         gone = memory.purge(id, why=why)

@@ -36,7 +36,7 @@ def port_c(
     Example: holdfast port-c src/ --to checkedc --out ported/
     """
     from holdfast.files import write_text
-    from holdfast.longterm.llm import OpenAI
+    from holdfast.longterm.language.llm import OpenAI
     from holdfast.longterm.tasks import FactStore
 
     try:

@@ -263,11 +263,11 @@ def memory_structure(
     import os
 
     from holdfast import host
-    from holdfast.longterm import embed
     from holdfast.longterm import structure as structures
-    from holdfast.longterm.encodings import Kept
-    from holdfast.longterm.llm import OpenAI, Prompted
-    from holdfast.longterm.units import STRUCTURES, load
+    from holdfast.longterm.evaluation.units import STRUCTURES, load
+    from holdfast.longterm.language.llm import OpenAI, Prompted
+    from holdfast.longterm.retrieval import embed
+    from holdfast.longterm.retrieval.encodings import Kept
 
     if (llm is None) != (model is None):
         raise UsageError("--llm URL and --model NAME go together; give both")
@@ -321,8 +321,9 @@ def teafarm(
     """
     from statistics import mean
 
-    from holdfast.longterm import embed, teafarm
+    from holdfast.longterm.evaluation import teafarm
     from holdfast.longterm.policy import find
+    from holdfast.longterm.retrieval import embed
 
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names or budget < 1 or worlds < 1:

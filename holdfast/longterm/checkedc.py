@@ -35,7 +35,7 @@ from holdfast.longterm.c.valid import valid
 from holdfast.longterm.tasks import FactStore, TaskGraph
 
 if TYPE_CHECKING:
-    from holdfast.longterm.llm import LLM
+    from holdfast.longterm.language.llm import LLM
 
 REPAIRS = 3
 SCHEMA = {

@@ -2,7 +2,7 @@
 
 from holdfast.longterm.budget import handed_out
 from holdfast.longterm.records import Turn, text_hash
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 
 def without_echoes(view: View, turn: Turn) -> tuple[str | None, list[str]]:

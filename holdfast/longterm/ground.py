@@ -19,14 +19,21 @@ from itertools import pairwise
 from typing import Protocol
 
 from holdfast.errors import UsageError
-from holdfast.longterm import dates
-from holdfast.longterm.judgement import Judgement
-from holdfast.longterm.llm import LLM
+from holdfast.longterm.language import dates
+from holdfast.longterm.language.judgement import Judgement
+from holdfast.longterm.language.llm import LLM
+from holdfast.longterm.language.support import (
+    Citation,
+    Passage,
+    Reading,
+    speaking,
+    support,
+    wanted_in,
+)
+from holdfast.longterm.language.tokens import sentences
+from holdfast.longterm.language.wording import content, names, root
 from holdfast.longterm.records import Hit
-from holdfast.longterm.support import Citation, Passage, Reading, speaking, support, wanted_in
-from holdfast.longterm.terms import words
-from holdfast.longterm.tokens import sentences
-from holdfast.longterm.wording import content, names, root
+from holdfast.longterm.retrieval.terms import words
 
 NOT_IN_MEMORY = "not in memory"
 # `confidence` under which `ask` abstains; by `calibrate` on LoCoMo's conv-26 and conv-30.

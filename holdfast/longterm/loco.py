@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import UsageError, unknown
 from holdfast.longterm.m2bert import M2Encoder
-from holdfast.longterm.vectors import Embedder
+from holdfast.longterm.retrieval.vectors import Embedder
 
 LOSSES = ("opl", "in_batch")
 TEMPERATURE = 0.05  # of the in-batch softmax

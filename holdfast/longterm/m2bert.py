@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from holdfast.errors import UsageError
 from holdfast.longterm.longconv import LongMixer, mixer_parameters
-from holdfast.longterm.vectors import InContext, Query, encode_windows
+from holdfast.longterm.retrieval.vectors import InContext, Query, encode_windows
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 TOKENS = 16_384  # padded tokens in one forward pass of `encode`

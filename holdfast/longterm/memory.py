@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import UsageError
-from holdfast.longterm import embed, transfer
-from holdfast.longterm.apply import Applier, space_row
 from holdfast.longterm.budget import Context, words
 from holdfast.longterm.echoes import without_echoes
-from holdfast.longterm.embed import Embedder, Query
 from holdfast.longterm.ground import Answer
 from holdfast.longterm.ground import ask as ask_source
-from holdfast.longterm.llm import LLM, Judgement, Prompted, Rules
+from holdfast.longterm.language.llm import LLM, Judgement, Prompted, Rules
+from holdfast.longterm.language.support import REACH
 from holdfast.longterm.policy import Policy, find
 from holdfast.longterm.records import (
     Change,
@@ -31,10 +29,13 @@ from holdfast.longterm.records import (
     micros,
     turns_of,
 )
-from holdfast.longterm.search import Searcher
-from holdfast.longterm.store import Store, open_store
-from holdfast.longterm.support import REACH
-from holdfast.longterm.view import View
+from holdfast.longterm.retrieval import embed
+from holdfast.longterm.retrieval.embed import Embedder, Query
+from holdfast.longterm.retrieval.search import Searcher
+from holdfast.longterm.store import transfer
+from holdfast.longterm.store.apply import Applier, space_row
+from holdfast.longterm.store.sqlite import Store, open_store
+from holdfast.longterm.store.view import View
 from holdfast.longterm.work import ATTEMPTS, Pending, Work
 
 Decide = Callable[[View, Applier], Any]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.longterm.records import Add, Change, Edge, Hit, Item, Link, Revise, Source
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 
 def split(kind: str, names: Sequence[str]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from holdfast.longterm.budget import Context, pack
 from holdfast.longterm.records import Add, Change, Hit, Item, Revise, Turn
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 TYPES = ("episodic", "semantic", "procedural")
 FORMS = ("turns", "facts", "notes", "graph", "summaries", "thoughts", "rationales", "feedback")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from holdfast.longterm.records import Add, Change, Item, Touch
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 STATE = "open sessions"
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm.corpus import Corpus
-from holdfast.longterm.docs import Doc
-from holdfast.longterm.judgement import Judgement, Rules
-from holdfast.longterm.locomo import Question
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.units import PIECE, STRUCTURES, Material, Unit, units
-from holdfast.longterm.vectors import Embedder
-from holdfast.longterm.wording import content, root
+from holdfast.longterm.evaluation.locomo import Question
+from holdfast.longterm.evaluation.units import PIECE, STRUCTURES, Material, Unit, units
+from holdfast.longterm.language.judgement import Judgement, Rules
+from holdfast.longterm.language.shapes import listing, record
+from holdfast.longterm.language.wording import content, root
+from holdfast.longterm.retrieval.corpus import Corpus
+from holdfast.longterm.retrieval.docs import Doc
+from holdfast.longterm.retrieval.vectors import Embedder
 
 RETRIEVERS = ("single-step", "rerank", "iterative")
 BUDGETS = (250, 500, 1000, 4000)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.longterm.apply import dumps
-from holdfast.longterm.embed import AFTER, BEFORE, Embedder, InContext, Query
-from holdfast.longterm.llm import LLM, LLMError, Usage
+from holdfast.longterm.language.llm import LLM, LLMError, Usage
+from holdfast.longterm.retrieval.embed import AFTER, BEFORE, Embedder, InContext, Query
+from holdfast.longterm.store.apply import dumps
 
 # A space that others change all the time must not keep a call from ever ending.
 ATTEMPTS = 8

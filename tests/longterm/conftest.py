@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 ENGINES = ["sqlite", "postgresql"]

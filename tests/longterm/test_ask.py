@@ -6,9 +6,9 @@ import pytest
 from holdfast.cli import main
 from holdfast.errors import UsageError
 from holdfast.longterm import AsyncMemory, Memory
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.ground import NOT_IN_MEMORY, resolve
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 TALK = [

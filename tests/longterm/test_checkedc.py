@@ -17,7 +17,7 @@ from holdfast.longterm.c.bounds import Bounds
 from holdfast.longterm.c.guard import guarded
 from holdfast.longterm.c.source import parse_text, read_unit, same_tree
 from holdfast.longterm.checkedc import port
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.tasks import FactStore, TaskGraph
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
@@ -249,7 +249,7 @@ def test_prompts_stay_within_the_budget(ported):
 CHILD = """
 import os, sys
 from holdfast.longterm.checkedc import port
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.tasks import FactStore
 asked = 0
 def answer(messages, schema):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from holdfast.checks.core._faults import PowerCut, failing
 from holdfast.longterm.budget import nbytes, words
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policy import Policy, policies
 from holdfast.longterm.records import Space, micros
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 from tests.longterm.world import DAYS, DEEDS, SPACES, live, messages, replay, stay_apart
 

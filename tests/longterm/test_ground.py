@@ -14,7 +14,7 @@ from holdfast.longterm.ground import (
     ground,
     resolve,
 )
-from holdfast.longterm.llm import Prompted, Scripted
+from holdfast.longterm.language.llm import Prompted, Scripted
 from holdfast.longterm.records import Hit
 
 MAY = datetime(2023, 5, 8, tzinfo=UTC)

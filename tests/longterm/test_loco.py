@@ -11,7 +11,7 @@ from holdfast.errors import UsageError
 from holdfast.longterm import loco
 from holdfast.longterm.loco import Task, Triple
 from holdfast.longterm.m2bert import M2Bert, M2Config, M2Encoder
-from holdfast.longterm.vectors import Query
+from holdfast.longterm.retrieval.vectors import Query
 from holdfast.meter import Meter
 
 WORDS = [f"w{i}" for i in range(200)]

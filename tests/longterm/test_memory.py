@@ -7,10 +7,10 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm import AsyncMemory, Memory, Space
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import FallbackWarning, LLMError, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, LLMError, Scripted
 from holdfast.longterm.policy import Policy, as_turn, find, policies
 from holdfast.longterm.records import Add, Link, Retire, Revise, Source, Touch
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import ENGINES, START, Clock
 from tests.longterm.world import DAYS, messages
 

@@ -12,10 +12,10 @@ from holdfast.checks.serving import NAME, serving
 from holdfast.context.cache.conformance import model
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.recollection import Recollection
 from holdfast.longterm.records import Space
+from holdfast.longterm.retrieval.embed import Hash
 from holdfast.training.tokenizers import byte_tokenizer
 
 ANN, BOB = Space(user="ann"), Space(user="bob")

@@ -1,9 +1,9 @@
 from datetime import UTC, datetime
 
 from holdfast.longterm import sessions
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 
 
 def is_turn(item):

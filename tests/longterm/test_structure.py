@@ -5,9 +5,10 @@ import pytest
 
 from holdfast import cli
 from holdfast.errors import UsageError
-from holdfast.longterm import locomo
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Prompted, Scripted
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.units import CHUNK, SINGLE, Material, Unit, count, load, units
+from holdfast.longterm.language.llm import Prompted, Scripted
+from holdfast.longterm.retrieval.embed import Hash
 from holdfast.longterm.structure import (
     Shelf,
     coverage,
@@ -18,7 +19,6 @@ from holdfast.longterm.structure import (
     rerank,
     single_step,
 )
-from holdfast.longterm.units import CHUNK, SINGLE, Material, Unit, count, load, units
 
 SAID = {
     1: [

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from holdfast.longterm.embed import AFTER, BEFORE
+from holdfast.longterm.retrieval.embed import AFTER, BEFORE
 from holdfast.longterm.work import _by_run
 
 

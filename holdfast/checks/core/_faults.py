@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from holdfast.longterm import store
+from holdfast.longterm.store import sqlite
 
 
 class PowerCut(Exception):
     """The statement at which it happened."""
 
 
-class Failing(store.Connection):
+class Failing(sqlite.Connection):
     """Runs `left` more statements, then fails for ever: before the next one, or `after` it."""
 
     left: int | None = None
@@ -39,9 +39,9 @@ class Failing(store.Connection):
 @contextmanager
 def failing() -> Iterator[type[Failing]]:
     """Stores opened inside use failing connections; set `left` to arm them, None to disarm."""
-    real, store.Connection = store.Connection, Failing  # type: ignore[misc]
+    real, sqlite.Connection = sqlite.Connection, Failing  # type: ignore[misc]
     try:
         yield Failing
     finally:
         Failing.left, Failing.after = None, False
-        store.Connection = real  # type: ignore[misc]
+        sqlite.Connection = real  # type: ignore[misc]

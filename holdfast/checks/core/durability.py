@@ -14,9 +14,9 @@ from typing import Any
 
 from holdfast.checks import Result, check
 from holdfast.checks.core._faults import PowerCut, failing
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.records import Add, Revise
+from holdfast.longterm.retrieval.embed import Hash
 
 WRITERS, BATCH, PROCESSES = 3, 3, 8
 _DIM = 32

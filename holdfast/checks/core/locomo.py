@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
-from holdfast.longterm import locomo
-from holdfast.longterm.corpus import FULL, Corpus, Doc, Scored, Stored
-from holdfast.longterm.embed import MiniLM
-from holdfast.longterm.encoded import Encoded, encode
-from holdfast.longterm.locomo import Conversation, Question, Report
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.encoded import Encoded, encode
+from holdfast.longterm.evaluation.locomo import Conversation, Question, Report
+from holdfast.longterm.retrieval.corpus import FULL, Corpus, Doc, Scored, Stored
+from holdfast.longterm.retrieval.embed import MiniLM
 
 HELD_OUT = ("conv-41", "conv-42", "conv-43")
 AT_LEAST = 80.0

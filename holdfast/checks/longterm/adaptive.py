@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.adaptive import EPISODIC, SALM, SEMANTIC
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva")
 SLOTS = ("dentist", "gym", "tutor", "landlord", "barber", "coach", "nickname", "password")

@@ -5,7 +5,7 @@ import numpy as np
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
 from holdfast.longterm.policies.amadeus import Analyst, Definition, SymbolMemory
-from holdfast.longterm.pose import Events, Pose, events
+from holdfast.longterm.tools.pose import Events, Pose, events
 
 FPS, SIZE, ROUNDS = 30, 30.0, 8
 CORNER = (600.0, 450.0, 750.0, 550.0)

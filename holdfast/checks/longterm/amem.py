@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm import locomo
-from holdfast.longterm.embed import Hash
+from holdfast.longterm.evaluation import locomo
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.amem import AMem
 from holdfast.longterm.policies.hybrid import Hybrid
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 PAIRS, BUDGET, CONVERSATION, DEEP = 150, 1000, "conv-41", 100

@@ -6,11 +6,11 @@ import numpy as np
 
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import MiniLM, packaged_minilm
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.arm_rag import ARM
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import MiniLM, packaged_minilm
 
 # The formula stands in each rationale, so that a solver can tell what it was shown.
 _TEMPLATES = (

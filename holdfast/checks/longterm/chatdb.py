@@ -5,10 +5,10 @@ import re
 from collections import defaultdict
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.chatdb import ChatDB
-from holdfast.longterm.steps import Step, Template
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.tools.steps import Step, Template
 
 _RECORDS, _EASY, _HARD, _NEAR = 70, 15, 35, 10
 _FRUITS = ("apple", "banana", "cherry", "lemon", "mango")

@@ -13,7 +13,7 @@ from holdfast.longterm.c.annotate import erase
 from holdfast.longterm.c.guard import guarded
 from holdfast.longterm.c.source import read_unit, same_tree
 from holdfast.longterm.checkedc import Port, port
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.tasks import FactStore
 
 BUDGET, LINES = 2048, 20_000

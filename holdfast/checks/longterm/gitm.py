@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.checks import Result, check
-from holdfast.longterm.craft import ACTIONS, RECIPES, Action, CraftWorld
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.evaluation.craft import ACTIONS, RECIPES, Action, CraftWorld
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.gitm import GITM, Goal, Plans, by_recipe, decompose
+from holdfast.longterm.retrieval.embed import Hash
 
 _GOAL, _EPISODES, _LAST = "diamond", 30, 10
 _NOISE = 0.3

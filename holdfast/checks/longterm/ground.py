@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 
 from holdfast.checks import Result, check
-from holdfast.longterm import locomo
-from holdfast.longterm.corpus import Corpus, Doc
-from holdfast.longterm.embed import Hash
+from holdfast.longterm.evaluation import locomo
 from holdfast.longterm.ground import THRESHOLD, auroc, confidence, ground
-from holdfast.longterm.support import REACH, SHARE, Passage
-from holdfast.longterm.wording import content
+from holdfast.longterm.language.support import REACH, SHARE, Passage
+from holdfast.longterm.language.wording import content
+from holdfast.longterm.retrieval.corpus import Corpus, Doc
+from holdfast.longterm.retrieval.embed import Hash
 
 HELD_OUT = ("conv-41", "conv-42", "conv-43")
 FOUND = 5

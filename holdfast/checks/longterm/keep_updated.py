@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.judgement import APPEND
+from holdfast.longterm.language.judgement import APPEND
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.keep_updated import SENTENCE, KeepUpdated
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 USERS, SESSIONS, TOLD = 6, 10, 12

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, processors
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
 from holdfast.longterm import loco
-from holdfast.longterm.embed import TOKENIZER, Embedder, MiniLM, packaged_minilm
 from holdfast.longterm.loco import Task, Triple, train_retriever
 from holdfast.longterm.m2bert import M2Bert, M2Config, M2Encoder
+from holdfast.longterm.retrieval.embed import TOKENIZER, Embedder, MiniLM, packaged_minilm
 
 LENGTH, FRONT, QUERY = 2048, 512, 64
 SEAMS = 16  # pieces more that a text may have where it was cut inside a word

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.personal import MaLPTrainer
 from holdfast.longterm.policies.malp import MaLP
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SLOTS = {

@@ -6,11 +6,11 @@ import random
 import uuid
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memgpt import MemGPT
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 
 _PAIRS, _DEPTHS, _CONTEXT, _FITS = 140, 5, 1000, 30
 _ASKED = 10  # questions of each depth

@@ -4,9 +4,9 @@ import random
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memorybank import MemoryBank
+from holdfast.longterm.retrieval.embed import Hash
 
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _DAYS, _A_DAY, _RECURRING = 20, 50, 0.1

@@ -5,11 +5,11 @@ import random
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import MiniLM, packaged_minilm
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memprompt import FeedbackMemory, clarified, normalised
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import MiniLM, packaged_minilm
 
 _WORDS = (
     "happy", "river", "bright", "slow", "knight", "garden", "brave", "ocean", "quick", "pair",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.checks import Result, check
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.policies.plan_on_graph import PlanOnGraph, TripleGraph
 
 _ERRS, _QUESTIONS, _BREADTH, _TRIPLES = 0.2, 100, 3, 20_000

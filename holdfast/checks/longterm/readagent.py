@@ -6,13 +6,13 @@ from collections import Counter
 from pydoc_data.topics import topics
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
+from holdfast.longterm.language.tokens import sentences
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.readagent import ReadAgent
 from holdfast.longterm.policy import Policy
-from holdfast.longterm.terms import STOP
-from holdfast.longterm.terms import words as terms
-from holdfast.longterm.tokens import sentences
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.retrieval.terms import STOP
+from holdfast.longterm.retrieval.terms import words as terms
 
 _QUESTIONS, _BUDGET = 60, 40_000
 

@@ -5,12 +5,12 @@ import random
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm import locomo
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.judgement import content
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.language.judgement import content
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.recursive_summary import RecursiveSummary
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 CONVERSATIONS, BUDGET, LAST = ("conv-41", "conv-42", "conv-43"), 400, 3

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from holdfast.checks import Result, check
-from holdfast.longterm.calls import Call, CallError, Grammar, finetune, parse, pieces, write_call
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.retllm import Controller, TripletMemory
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.tools.calls import (
+    Call,
+    CallError,
+    Grammar,
+    finetune,
+    parse,
+    pieces,
+    write_call,
+)
 
 _NOW = datetime(2024, 1, 1, tzinfo=UTC)
 _PERSONS, _COMPANIES, _CITIES, _ASKED = 500, 60, 10, 50

@@ -4,12 +4,12 @@ import random
 
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
-from holdfast.longterm import locomo
 from holdfast.longterm.budget import Context, pack, words
-from holdfast.longterm.compare import remembered
-from holdfast.longterm.embed import Hash
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.compare import remembered
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.scm import SCM
+from holdfast.longterm.retrieval.embed import Hash
 
 _BUDGET = 2500
 _PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana")

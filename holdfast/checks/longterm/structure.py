@@ -7,8 +7,9 @@ thoughts are words, so that what iterative retrieval gains with a language model
 
 from holdfast.checks import Result, check
 from holdfast.errors import UsageError
-from holdfast.longterm import locomo, structure, units
-from holdfast.longterm.embed import Hash
+from holdfast.longterm import structure
+from holdfast.longterm.evaluation import locomo, units
+from holdfast.longterm.retrieval.embed import Hash
 
 HELD_OUT = ("conv-41", "conv-42", "conv-43")
 BUDGET, NOISE = 1000, 4

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.sweet_sour import SOUR, SWEET, Reflector, SweetSour, generalised
 from holdfast.longterm.records import Hit
-from holdfast.longterm.terms import STOP
-from holdfast.longterm.terms import words as terms
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.retrieval.terms import STOP
+from holdfast.longterm.retrieval.terms import words as terms
 
 _EPISODES, _WORLDS, _STAGES, _LIMIT = 10, 8, 6, 40
 _VERBS = ("push", "pull", "turn", "lift", "knock on", "light")

@@ -1,11 +1,11 @@
 """Facts that changed three times: are all versions in the context, and false premises refuted?"""
 
 from holdfast.checks import Result, check
-from holdfast.longterm import teafarm
 from holdfast.longterm.budget import pack
-from holdfast.longterm.embed import Hash
+from holdfast.longterm.evaluation import teafarm
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.theanine import EVENT
+from holdfast.longterm.retrieval.embed import Hash
 
 WORLDS, BUDGET = 4, 150
 

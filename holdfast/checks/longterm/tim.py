@@ -7,14 +7,14 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 
 from holdfast.checks import Result, check
-from holdfast.longterm import locomo
-from holdfast.longterm.embed import Hash, MiniLM
-from holdfast.longterm.encoded import Encoded, encode
-from holdfast.longterm.index import Exact
-from holdfast.longterm.llm import Rules
-from holdfast.longterm.lsh import LSH
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.encoded import Encoded, encode
+from holdfast.longterm.language.llm import Rules
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.tim import TiM
+from holdfast.longterm.retrieval.embed import Hash, MiniLM
+from holdfast.longterm.retrieval.index import Exact
+from holdfast.longterm.retrieval.lsh import LSH
 
 HELD_OUT = ("conv-41", "conv-42", "conv-43")
 DRAWS = 8  # seeds of the axes

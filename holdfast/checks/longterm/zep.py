@@ -4,9 +4,9 @@ import random
 from datetime import UTC, datetime, timedelta
 
 from holdfast.checks import Result, check
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.zep import Zep
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2010, 1, 1, tzinfo=UTC)
 TOLD = datetime(2024, 1, 1, tzinfo=UTC)

@@ -18,9 +18,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from holdfast.errors import UsageError
-from holdfast.longterm import dates
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import Rules
+from holdfast.longterm.language import dates
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import Rules
+from holdfast.longterm.language.wording import content
 from holdfast.longterm.parts import Part, split
 from holdfast.longterm.policy import TYPES, Policy, Traits, find
 from holdfast.longterm.records import (
@@ -34,10 +35,9 @@ from holdfast.longterm.records import (
     Turn,
     text_hash,
 )
-from holdfast.longterm.wording import content
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 STORES = EPISODIC, SEMANTIC, PROCEDURAL = TYPES
 ADAPTERS = ("storage", "retrieval", "forgetting")

@@ -28,16 +28,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from holdfast.errors import HoldfastError, UsageError, unknown
-from holdfast.longterm import pose as poses
-from holdfast.longterm.phrases import SYMBOL, phrase
-from holdfast.longterm.pose import Events, Pose
-from holdfast.longterm.restricted import Stopped, run
-from holdfast.longterm.terms import query_terms, stems
+from holdfast.longterm.language.phrases import SYMBOL, phrase
+from holdfast.longterm.retrieval.terms import query_terms, stems
+from holdfast.longterm.tools import pose as poses
+from holdfast.longterm.tools.pose import Events, Pose
+from holdfast.longterm.tools.restricted import Stopped, run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from holdfast.longterm.llm import LLM
+    from holdfast.longterm.language.llm import LLM
 
 REPAIRS = 3
 SECONDS = 5.0

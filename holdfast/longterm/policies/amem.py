@@ -19,7 +19,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import UsageError
-from holdfast.longterm.llm import FallbackWarning, Rules
+from holdfast.longterm.language.llm import FallbackWarning, Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import (
     Add,
@@ -34,11 +35,10 @@ from holdfast.longterm.records import (
     Source,
     Turn,
 )
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.terms import stem
+from holdfast.longterm.retrieval.terms import stem
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 NOTE, LINK = "note", "link"
 KEYWORDS, TAGS, CONTEXT = 5, 8, 25  # at most: words, words, words of one sentence

@@ -19,13 +19,13 @@ from typing import Any
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.llm import LLM
+from holdfast.longterm.language.llm import LLM
+from holdfast.longterm.language.shapes import record
+from holdfast.longterm.language.slots import lemma, listed
 from holdfast.longterm.memory import Memory, SpaceLike
 from holdfast.longterm.records import Add, Change, Item, Retire
-from holdfast.longterm.shapes import record
-from holdfast.longterm.slots import lemma, listed
-from holdfast.longterm.terms import STOP, stem
-from holdfast.longterm.view import View
+from holdfast.longterm.retrieval.terms import STOP, stem
+from holdfast.longterm.store.view import View
 
 SOLVED, FAILED = "rationale", "failure"
 _TASK = (

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.longterm.llm import LLM
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.sqlguard import DELETE, INSERT, UPDATE, Guard, Refused, Rows, quoted
-from holdfast.longterm.steps import Step, Template, bound, earlier, intent
-from holdfast.longterm.support import Passage
-from holdfast.longterm.terms import query_terms, stems
-from holdfast.longterm.undoable import Undoable
+from holdfast.longterm.language.llm import LLM
+from holdfast.longterm.language.shapes import listing, record
+from holdfast.longterm.language.support import Passage
+from holdfast.longterm.retrieval.terms import query_terms, stems
+from holdfast.longterm.tools.sqlguard import DELETE, INSERT, UPDATE, Guard, Refused, Rows, quoted
+from holdfast.longterm.tools.steps import Step, Template, bound, earlier, intent
+from holdfast.longterm.tools.undoable import Undoable
 
 WRITES = frozenset((INSERT, UPDATE, DELETE))
 MOST_ROWS, MOST_SCANNED, SECONDS = 1000, 100_000, 5.0

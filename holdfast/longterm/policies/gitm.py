@@ -18,7 +18,7 @@ from functools import reduce
 from typing import Any, Protocol
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm.craft import (
+from holdfast.longterm.evaluation.craft import (
     ACTIONS,
     FUEL,
     PICKAXES,
@@ -30,13 +30,13 @@ from holdfast.longterm.craft import (
     action,
     holds,
 )
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import LLM
+from holdfast.longterm.language.llm import LLM
+from holdfast.longterm.language.shapes import LLMError
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import Add, Change, Item, Source, Turn
-from holdfast.longterm.shapes import LLMError
-from holdfast.longterm.view import View
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.store.view import View
 
 PLAN, REFERENCE, KNOWN = "plan", "reference", "knowledge"
 _SCHEMA = {

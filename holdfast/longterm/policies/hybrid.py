@@ -2,8 +2,8 @@
 
 Keeps    all that was said; a fact that is said again is touched.
 Form     turns and facts as text, with vectors of each and of its surroundings.
-Bytes    text + row + vectors, see `holdfast.longterm.corpus`.
-Source   see `holdfast.longterm.corpus`.
+Bytes    text + row + vectors, see `holdfast.longterm.retrieval.corpus`.
+Source   see `holdfast.longterm.retrieval.corpus`.
 Departs  nothing is extracted, so that nothing can be lost or invented while writing.
 """
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from holdfast.errors import UsageError, unknown
 from holdfast.longterm import sessions
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import APPEND, DELETE, PASS, REPLACE, FallbackWarning, Rules
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import APPEND, DELETE, PASS, REPLACE, FallbackWarning, Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import Add, Change, Hit, Item, Retire, Source, Turn
-from holdfast.longterm.shapes import listing, record
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 TURN, SENTENCE = "turn", "fact"
 OPERATORS = (PASS, REPLACE, APPEND, DELETE)

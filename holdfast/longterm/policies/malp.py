@@ -19,15 +19,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from holdfast.errors import UsageError
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import Rules
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import Rules
+from holdfast.longterm.language.shapes import listing, record
+from holdfast.longterm.language.wording import content
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import Add, Change, Hit, Item, Retire, Revise, Source, Touch, Turn
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.wording import content
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 NOTE = "note"
 WORKING, SHORT, LONG, ARCHIVE = "working", "short", "long", "archive"

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError, UsageError, unknown
 from holdfast.longterm.budget import words
-from holdfast.longterm.functions import MESSAGE, Functions, framed
-from holdfast.longterm.llm import LLM
+from holdfast.longterm.language.llm import LLM
+from holdfast.longterm.language.shapes import record
 from holdfast.longterm.memory import Memory, SpaceLike
-from holdfast.longterm.patterns import Patterns
 from holdfast.longterm.records import Add, Change, Item, Revise, Source, Touch
-from holdfast.longterm.shapes import record
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
+from holdfast.longterm.tools.functions import MESSAGE, Functions, framed
+from holdfast.longterm.tools.patterns import Patterns
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer

@@ -21,7 +21,7 @@ from holdfast.errors import UsageError, unknown
 from holdfast.longterm.budget import Context, pack
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import Add, Change, Hit, Item, Retire, Revise, Source, Touch
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 _MODES = ("threshold", "sample")
 _MADE = ("overview", "portrait")

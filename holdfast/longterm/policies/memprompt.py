@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm.embed import Embedder
-from holdfast.longterm.llm import LLM, Usage
+from holdfast.longterm.language.llm import LLM, Usage
 from holdfast.longterm.memory import Memory, SpaceLike
 from holdfast.longterm.records import Add, Change, Item, Revise, text_hash
-from holdfast.longterm.terms import STOP, words
-from holdfast.longterm.vectors import unit
-from holdfast.longterm.view import View
+from holdfast.longterm.retrieval.embed import Embedder
+from holdfast.longterm.retrieval.terms import STOP, words
+from holdfast.longterm.retrieval.vectors import unit
+from holdfast.longterm.store.view import View
 
 KIND = "feedback"
 MATCHES = ("closest", "semantic")

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm import kg as facts
-from holdfast.longterm.embed import Embedder, Hash
 from holdfast.longterm.ground import NOT_IN_MEMORY
-from holdfast.longterm.llm import LLM, Prompted
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.wording import content
+from holdfast.longterm.language.llm import LLM, Prompted
+from holdfast.longterm.language.shapes import listing, record
+from holdfast.longterm.language.wording import content
+from holdfast.longterm.retrieval import kg as facts
+from holdfast.longterm.retrieval.embed import Embedder, Hash
 
 if TYPE_CHECKING:
     from holdfast.longterm.memory import Memory, SpaceLike

@@ -21,12 +21,12 @@ import numpy as np
 
 from holdfast.errors import UsageError, unknown
 from holdfast.longterm.budget import Context, words
-from holdfast.longterm.judgement import FallbackWarning, Judgement, Rules
+from holdfast.longterm.language.judgement import FallbackWarning, Judgement, Rules
+from holdfast.longterm.language.prompted import Prompted
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.memory import Memory, SpaceLike
-from holdfast.longterm.prompted import Prompted
 from holdfast.longterm.records import Add, Change, Item
-from holdfast.longterm.shapes import listing, record
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 MODES = ("P", "S")
 DOCUMENT, PAGE, GIST = "document", "page", "gist"

@@ -16,17 +16,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import UsageError
-from holdfast.longterm import extract, sessions
+from holdfast.longterm import sessions
 from holdfast.longterm.budget import Context, pack, words
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.judgement import content
-from holdfast.longterm.llm import APPEND, DELETE, PASS, REPLACE, Rules
+from holdfast.longterm.language import extract
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.judgement import content
+from holdfast.longterm.language.llm import APPEND, DELETE, PASS, REPLACE, Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import Add, Change, Hit, Item, Purge, Retire, Revise
-from holdfast.longterm.shapes import listing, record
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 SUMMARY = "summary"
 LEAST = 8  # tokens of a short sentence

@@ -18,18 +18,19 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.longterm import dates, kg, slots
-from holdfast.longterm.calls import Call, CallError, When, calls, triple
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import LLM, Rules
+from holdfast.longterm.language import dates, slots
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import LLM, Rules
+from holdfast.longterm.language.questions import passive, readings
+from holdfast.longterm.language.spelling import Fields, Letters
 from holdfast.longterm.policy import as_turn
-from holdfast.longterm.questions import passive, readings
 from holdfast.longterm.records import Change, Item, Revise, Source, Turn, text_hash
-from holdfast.longterm.spelling import Fields, Letters
+from holdfast.longterm.retrieval import kg
+from holdfast.longterm.tools.calls import Call, CallError, When, calls, triple
 
 if TYPE_CHECKING:
     from holdfast.longterm.memory import Memory, SpaceLike
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 ALIASES = ("name", "go_by", "know_as")  # relations to another name of the same entity
 SINGLE = ("located_in",)

@@ -16,10 +16,10 @@ import numpy as np
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import Context, line, words
-from holdfast.longterm.judgement import Judgement
+from holdfast.longterm.language.judgement import Judgement
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import Change, Hit, Item, Turn
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 _KINDS = ("turn", "fact")
 

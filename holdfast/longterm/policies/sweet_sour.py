@@ -25,7 +25,7 @@ from holdfast.longterm.budget import Context, pack, words
 from holdfast.longterm.memory import Memory, SpaceLike
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import Add, Change, Hit, Item, Retire, Source, Touch
-from holdfast.longterm.view import View
+from holdfast.longterm.store.view import View
 
 SWEET, SOUR = "sweet", "sour"
 KIND, _DRAFT, _STEP, _EPISODE, _TASK = "reflection", "draft", "step", "episode", "task"

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm import kg
 from holdfast.longterm.budget import Context, line, pack
-from holdfast.longterm.judgement import RELATIONS
-from holdfast.longterm.llm import Rules
+from holdfast.longterm.language.judgement import RELATIONS
+from holdfast.longterm.language.llm import Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import Add, Change, Hit, Item, Link, Retire, Revise, Source, Touch
-from holdfast.longterm.shapes import listing, record
+from holdfast.longterm.retrieval import kg
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 EVENT, SAME = "event", "SameTopic"
 PATHS = 64  # at most, of those through one hit

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.longterm import slots
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import Rules
-from holdfast.longterm.lsh import LSH, check_buckets, probed
+from holdfast.longterm.language import slots
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits, as_turn
 from holdfast.longterm.records import Add, Change, Hit, Item, Retire, Revise, Source, Turn
-from holdfast.longterm.shapes import listing, record
+from holdfast.longterm.retrieval.lsh import LSH, check_buckets, probed
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 THOUGHT = "thought"
 

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm import dates, kg, slots
-from holdfast.longterm.extract import Fact
-from holdfast.longterm.llm import FallbackWarning, Rules
+from holdfast.longterm.language import dates, slots
+from holdfast.longterm.language.extract import Fact
+from holdfast.longterm.language.llm import FallbackWarning, Rules
+from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import (
     Add,
@@ -36,10 +37,10 @@ from holdfast.longterm.records import (
     Revise,
     Source,
 )
-from holdfast.longterm.shapes import listing, record
+from holdfast.longterm.retrieval import kg
 
 if TYPE_CHECKING:
-    from holdfast.longterm.view import View
+    from holdfast.longterm.store.view import View
 
 COMMUNITY, MEMBER = "community", "member"
 SILENT = (kg.ENTITY, COMMUNITY)  # kinds that lead to hits and are none

@@ -5,7 +5,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.parts import Part, split
 from holdfast.longterm.policies.adaptive import (
@@ -19,6 +18,7 @@ from holdfast.longterm.policies.adaptive import (
     STORES,
     cues,
 )
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 WHEN = datetime(2024, 3, 7, 9, tzinfo=UTC)

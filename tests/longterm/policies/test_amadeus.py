@@ -6,10 +6,10 @@ import pytest
 
 from holdfast.checks.longterm.amadeus import f1
 from holdfast.errors import UsageError
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.policies.amadeus import Analyst, Definition, FileStore, SymbolMemory
-from holdfast.longterm.pose import Events, Pose, events
-from holdfast.longterm.restricted import Stopped
+from holdfast.longterm.tools.pose import Events, Pose, events
+from holdfast.longterm.tools.restricted import Stopped
 
 CHASE = "define <|chase|> as mouse 0 chases mouse 1 — été"
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import FallbackWarning, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.amem import LINK, NOTE, AMem
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 5, 8, 13, 56, tzinfo=UTC)
 

@@ -3,11 +3,11 @@ import re
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.arm_rag import ARM, approach, obfuscate
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 APPLES = "Mary buys 3 red apples for 2.50 dollars each. How much does she pay?"

@@ -10,10 +10,10 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm import ground
-from holdfast.longterm.llm import LLMError, Scripted
+from holdfast.longterm.language.llm import LLMError, Scripted
 from holdfast.longterm.policies.chatdb import ChainError, ChatDB
-from holdfast.longterm.sqlguard import Refused
-from holdfast.longterm.steps import Step, Template, bound, earlier
+from holdfast.longterm.tools.sqlguard import Refused
+from holdfast.longterm.tools.steps import Step, Template, bound, earlier
 
 SCHEMA = [
     "CREATE TABLE customer (id INTEGER PRIMARY KEY, name TEXT UNIQUE, phone TEXT)",
@@ -171,7 +171,7 @@ def test_killed_in_the_middle_of_a_chain(tmp_path):
     child = textwrap.dedent(
         f"""
         import time
-        from holdfast.longterm.llm import LLMError, Scripted
+        from holdfast.longterm.language.llm import LLMError, Scripted
         from holdfast.longterm.policies.chatdb import ChatDB
         from tests.longterm.policies.test_chatdb import SCHEMA, planned
 

@@ -5,12 +5,20 @@ from collections import Counter
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.craft import ACTIONS, FUEL, RECIPES, SMELTS, Action, CraftWorld, Recipe
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.evaluation.craft import (
+    ACTIONS,
+    FUEL,
+    RECIPES,
+    SMELTS,
+    Action,
+    CraftWorld,
+    Recipe,
+)
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.gitm import GITM, Plans, common, decompose
 from holdfast.longterm.records import Turn
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 

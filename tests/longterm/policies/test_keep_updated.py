@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import APPEND, DELETE, PASS, REPLACE, FallbackWarning, Scripted
+from holdfast.longterm.language.llm import APPEND, DELETE, PASS, REPLACE, FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.keep_updated import SENTENCE, KeepUpdated, merge
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 5, 8, 13, 56, tzinfo=UTC)
 

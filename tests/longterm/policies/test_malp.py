@@ -6,11 +6,11 @@ from torch import nn
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import nbytes
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.personal import OWNER, MaLPTrainer
 from holdfast.longterm.policies.malp import ARCHIVE, LONG, NOTE, SHORT, WORKING, MaLP, distance
+from holdfast.longterm.retrieval.embed import Hash
 from holdfast.training import adapters
 from tests.longterm.conftest import Clock
 

@@ -7,11 +7,11 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import LLMError, Scripted
+from holdfast.longterm.language.llm import LLMError, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memgpt import MemGPT, mcp_tools
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 C = 600

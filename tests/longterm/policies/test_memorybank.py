@@ -5,10 +5,10 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memorybank import MemoryBank
 from holdfast.longterm.records import Add
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import START, Clock
 from tests.longterm.world import DAYS, messages
 

@@ -3,8 +3,7 @@ import random
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.memprompt import (
     FeedbackMemory,
@@ -14,6 +13,7 @@ from holdfast.longterm.policies.memprompt import (
     normalised,
 )
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 MEANING = "when I say similar I mean a synonym"

@@ -5,12 +5,12 @@ from datetime import UTC, datetime
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
 from holdfast.longterm.ground import NOT_IN_MEMORY
-from holdfast.longterm.llm import FallbackWarning, LLMError, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, LLMError, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.plan_on_graph import PlanOnGraph, TripleGraph
 from holdfast.longterm.policies.retllm import TripletMemory
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import START
 
 TRIPLES = [

@@ -5,11 +5,11 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import FallbackWarning, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.readagent import ReadAgent
 from holdfast.longterm.policy import Policy
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 SUBJECTS = {

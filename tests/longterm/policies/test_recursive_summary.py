@@ -4,10 +4,10 @@ import pytest
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import nbytes, words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import FallbackWarning, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.recursive_summary import SUMMARY, RecursiveSummary
+from holdfast.longterm.retrieval.embed import Hash
 
 START = datetime(2024, 5, 8, 13, 56, tzinfo=UTC)
 THINGS = ("color", "movie", "song", "book", "dish", "sport", "season", "city", "band", "tree")

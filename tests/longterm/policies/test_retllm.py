@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.longterm.calls import (
+from holdfast.longterm.language.llm import Scripted
+from holdfast.longterm.language.questions import readings
+from holdfast.longterm.language.spelling import Fields, Letters
+from holdfast.longterm.memory import Memory
+from holdfast.longterm.policies.retllm import NOTHING, Controller, TripletMemory
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.tools.calls import (
     Call,
     CallError,
     Grammar,
@@ -20,12 +26,6 @@ from holdfast.longterm.calls import (
     pieces,
     write_call,
 )
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
-from holdfast.longterm.memory import Memory
-from holdfast.longterm.policies.retllm import NOTHING, Controller, TripletMemory
-from holdfast.longterm.questions import readings
-from holdfast.longterm.spelling import Fields, Letters
 from tests.longterm.conftest import START
 
 

@@ -4,11 +4,11 @@ from hypothesis import strategies as st
 
 from holdfast.errors import UsageError
 from holdfast.longterm.budget import line, nbytes, words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.judgement import Rules
-from holdfast.longterm.llm import FallbackWarning, Scripted
+from holdfast.longterm.language.judgement import Rules
+from holdfast.longterm.language.llm import FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.scm import SCM
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 WORDS = ["cat", "boat", "tea", "bern", "code", "door", "jazz", "snow", "lamp"]

@@ -4,10 +4,10 @@ import random
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.sweet_sour import Reflector, SweetSour, generalised
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 TASKS = {"red": "doors", "blue": "doors", "soup": "kitchen"}

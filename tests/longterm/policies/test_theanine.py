@@ -5,14 +5,15 @@ from datetime import timedelta
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm import kg, teafarm
 from holdfast.longterm.budget import words
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.judgement import RELATIONS
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.evaluation import teafarm
+from holdfast.longterm.language.judgement import RELATIONS
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.theanine import EVENT, PATHS, Theanine, _Timelines
 from holdfast.longterm.records import Link
+from holdfast.longterm.retrieval import kg
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import START, Clock
 
 

@@ -4,10 +4,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.llm import Scripted
+from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.tim import THOUGHT, TiM
+from holdfast.longterm.retrieval.embed import Hash
 from tests.longterm.conftest import Clock
 
 DAY = datetime(2024, 1, 1, tzinfo=UTC)

@@ -5,11 +5,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from holdfast.errors import UsageError
-from holdfast.longterm.embed import Hash
-from holdfast.longterm.kg import ENTITY, FACT, MENTIONS
-from holdfast.longterm.llm import FallbackWarning, Scripted
+from holdfast.longterm.language.llm import FallbackWarning, Scripted
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.policies.zep import COMMUNITY, Zep
+from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.retrieval.kg import ENTITY, FACT, MENTIONS
 
 START = datetime(2024, 6, 1, tzinfo=UTC)
 DAY = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=i) for i in range(400)]

@@ -1,0 +1,1 @@
+"""Conversations, worlds and scores by which policies are compared."""
