@@ -47,7 +47,8 @@ def import_(
 ) -> None:
     """Read what `export` or another library wrote.
 
-    Doing it twice changes nothing.
+    Doing it twice changes nothing. An export goes into an empty space, or into one whose log it
+    goes on from; a space that has gone another way refuses it.
 
     Example: holdfast memory import notes.memory ann.jsonl --user ann
     """

@@ -149,23 +149,14 @@ def show(
             )
         _show(item, json)
         return
+    page = {
+        "kind": kind, "session": session, "filters": pairs(filter, "--filter") or None,
+        "limit": limit, "after": after, "newest": newest,
+    }  # fmt: skip
     if valid is not None or recorded is not None:
-        then = memory.as_of(moment(valid, "--valid"), moment(recorded, "--recorded"))
-        wanted = pairs(filter, "--filter").items()
-        items = [
-            item
-            for item in then
-            if item.position > after
-            and kind in (None, item.kind)
-            and session in (None, item.session)
-            and wanted <= item.metadata.items()
-        ]
-        items = (items[::-1] if newest else items)[:limit]
+        items = memory.as_of(moment(valid, "--valid"), moment(recorded, "--recorded"), **page)
     else:
-        items = memory.get_all(
-            kind=kind, session=session, filters=pairs(filter, "--filter") or None, limit=limit,
-            after=after, newest=newest,
-        )  # fmt: skip
+        items = memory.get_all(**page)
     following = items[-1].position if len(items) == limit else None
     if json:
         cli.print_json({"memories": plain(items), "next": following})

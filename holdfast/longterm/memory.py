@@ -1,10 +1,10 @@
 """`Memory`: one durable memory for every agent, whatever policy decides what it keeps."""
 
 import functools
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ from holdfast.longterm.budget import Context, words
 from holdfast.longterm.echoes import without_echoes
 from holdfast.longterm.ground import Answer
 from holdfast.longterm.ground import ask as ask_source
-from holdfast.longterm.language.llm import LLM, Judgement, Prompted, Rules
 from holdfast.longterm.language.support import REACH
-from holdfast.longterm.policy import Policy, find
+from holdfast.longterm.opened import Opened, SpaceLike, in_space
 from holdfast.longterm.records import (
     Change,
     Event,
@@ -23,57 +22,18 @@ from holdfast.longterm.records import (
     Item,
     Purge,
     Retire,
-    Space,
     Touch,
     Turn,
     micros,
     turns_of,
 )
-from holdfast.longterm.retrieval import embed
-from holdfast.longterm.retrieval.embed import Embedder, Query
-from holdfast.longterm.retrieval.search import Searcher
-from holdfast.longterm.store import transfer
-from holdfast.longterm.store.apply import Applier, space_row
-from holdfast.longterm.store.sqlite import Store, open_store
+from holdfast.longterm.retrieval.embed import Query
+from holdfast.longterm.store import maintain, transfer
+from holdfast.longterm.store.apply import Applier
 from holdfast.longterm.store.view import View
-from holdfast.longterm.work import ATTEMPTS, Pending, Work
-
-Decide = Callable[[View, Applier], Any]
-SpaceLike = Space | str | Mapping[str, str] | None
 
 
-def _in_space(method: Callable) -> Callable:
-    """Let a method also be told its space as `user_id=`, `agent_id=`, `run_id=`, `tenant_id=`."""
-
-    @functools.wraps(method)
-    def call(
-        self: "Memory",
-        *args: Any,
-        space: SpaceLike = None,
-        user_id: str | None = None,
-        agent_id: str | None = None,
-        run_id: str | None = None,
-        tenant_id: str | None = None,
-        **options: Any,
-    ) -> Any:
-        named = any(part is not None for part in (user_id, agent_id, run_id, tenant_id))
-        if space is None and not named:
-            space = self.space
-        found = Space.of(space, user=user_id, agent=agent_id, run=run_id, tenant=tenant_id)
-        return method(self, *args, space=found, **options)
-
-    signature = inspect.signature(method)
-    extra = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-        for name in ("user_id", "agent_id", "run_id", "tenant_id")
-    ]
-    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *extra]
-    )
-    return call
-
-
-class Memory:
+class Memory(Opened):
     """A durable memory in one file, or in PostgreSQL.
 
     Args:
@@ -93,40 +53,7 @@ class Memory:
     `user_id=`, `agent_id=`, `run_id=`.
     """
 
-    def __init__(
-        self,
-        path_or_url: str | os.PathLike[str],
-        *,
-        policy: str | Policy = "hybrid",
-        embedder: Embedder | str | None = None,
-        llm: LLM | None = None,
-        clock: Callable[[], datetime] | None = None,
-        durability: str = "full",
-        space: SpaceLike = None,
-        actor: str = "user",
-    ):
-        self.policy = find(policy)
-        self.space = Space.of(space)
-        self.llm, self.actor = llm, actor
-        self._clock = clock or (lambda: datetime.now(UTC))
-        self.store: Store = open_store(path_or_url, durability)
-        try:
-            self.embedder = self._embedder(embedder)
-        except BaseException:
-            self.store.close()
-            raise
-        self.searcher = Searcher(self.store, self.embedder)
-
-    def _embedder(self, given: Embedder | str | None) -> Embedder:
-        if isinstance(given, str):
-            return embed.find(given)
-        if given is not None:
-            return given
-        with self.store.read() as transaction:
-            used = transaction.rows("SELECT value FROM meta WHERE key = 'embedder'")
-        return embed.find(used[0][0]) if used else embed.default()
-
-    @_in_space
+    @in_space
     def add(
         self,
         content: str | Turn | Mapping[str, Any] | Iterable[str | Turn | Mapping[str, Any]],
@@ -162,12 +89,7 @@ class Memory:
             rest, known = without_echoes(view, turn)
             echoes += [Touch(item) for item in known]
             if rest is not None:
-                fresh.append(
-                    Turn(
-                        rest, turn.speaker, turn.when or view.now, turn.session, turn.id, turn.kind,
-                        turn.metadata,
-                    )
-                )  # fmt: skip
+                fresh.append(replace(turn, text=rest, when=turn.when or view.now))
         ids = applier.apply(echoes)
         if fresh:
             ids += applier.apply(self.policy.write(view, fresh))
@@ -180,7 +102,7 @@ class Memory:
         if added:
             applier.apply(self.policy.link(view, list(added.values())))
 
-    @_in_space
+    @in_space
     def search(
         self,
         query: str,
@@ -232,7 +154,7 @@ class Memory:
             ]
             return view.search_items(query, items, limit)
 
-    @_in_space
+    @in_space
     def context(
         self,
         query: str,
@@ -249,13 +171,13 @@ class Memory:
         """
         with self.reading(space=space, encoded=encoded) as view:
             made = self.policy.compose(view, query, budget, count or words)
-            hits = [view.hits([(i, 0.0, {})])[0] for i in view.get_many(made.ids).values()]
+            hits = view.hits([(i, 0.0, {}) for i in view.get_many(made.ids).values()])
             changes = self.policy.recalled(view, hits)
         if changes:
             self._transact(lambda _, applier: applier.apply(_still(applier, changes)), space)
         return made
 
-    @_in_space
+    @in_space
     def ask(
         self,
         question: str,
@@ -281,17 +203,17 @@ class Memory:
         def found(query: str, k: int) -> list[Hit]:
             hits = self.search(query, limit=k, encoded=encoded, space=space)
             with self.reading(space=space) as view:
-                return _with_neighbours(view, hits)
+                return view.with_neighbours(hits, REACH)
 
         return ask_source(found, question, self.llm, abstain=abstain, k=limit)
 
-    @_in_space
+    @in_space
     def get(self, memory_id: str, *, space: SpaceLike = None) -> Item | None:
         """A memory as it is now, or None."""
         with self.reading(space=space) as view:
             return view.get(memory_id)
 
-    @_in_space
+    @in_space
     def get_all(
         self,
         *,
@@ -304,21 +226,11 @@ class Memory:
         space: SpaceLike = None,
     ) -> list[Item]:
         """A page of current memories; `after=page[-1].position` asks for the next one."""
-        if limit < 1:
-            raise UsageError(f"limit={limit} is not positive; ask for at least one memory")
-        found: list[Item] = []
         with self.reading(space=space) as view:
-            while len(found) < limit:
-                page = view.items(
-                    kind=kind, session=session, limit=limit, after=after, newest=newest
-                )
-                found += [item for item in page if _has(item.metadata, filters or {})]
-                if len(page) < limit:
-                    break
-                after = page[-1].position
-        return found[:limit]
+            page = functools.partial(view.items, kind=kind, session=session, newest=newest)
+            return _having(filters or {}, page, limit, after)
 
-    @_in_space
+    @in_space
     def update(self, memory_id: str, text: str, *, space: SpaceLike = None) -> None:
         """Correct a memory; what it said before stays in its history.
 
@@ -339,7 +251,7 @@ class Memory:
 
         self._transact(decide, space)
 
-    @_in_space
+    @in_space
     def delete(self, memory_id: str, *, why: str = "deleted", space: SpaceLike = None) -> None:
         """Retire a memory: no longer found, still in the history; `purge` erases.
 
@@ -353,7 +265,7 @@ class Memory:
 
         self._transact(decide, space)
 
-    @_in_space
+    @in_space
     def purge(self, memory_id: str, *, why: str = "", space: SpaceLike = None) -> list[str]:
         """Erase a memory and all that was made from it, its text in the log included.
 
@@ -374,25 +286,34 @@ class Memory:
         self.store.shred()
         return gone
 
-    @_in_space
+    @in_space
     def history(self, memory_id: str, *, space: SpaceLike = None) -> list[Event]:
         """All that happened to a memory, oldest first."""
         with self.reading(space=space) as view:
             return view.events(memory_id)
 
-    @_in_space
+    @in_space
     def as_of(
         self,
         valid: datetime | None = None,
         recorded: datetime | None = None,
         *,
+        kind: str | None = None,
+        session: str | None = None,
+        filters: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        after: int = 0,
+        newest: bool = False,
         space: SpaceLike = None,
     ) -> list[Item]:
-        """What held in the world at `valid`, as this memory knew it at `recorded`."""
+        """What held at `valid`, as this memory knew it at `recorded`; with `limit` a page of it."""
         with self.reading(space=space) as view:
-            return view.as_of(valid, recorded)
+            page = functools.partial(
+                view.as_of, valid, recorded, kind=kind, session=session, newest=newest
+            )
+            return _having(filters or {}, page, limit, after)
 
-    @_in_space
+    @in_space
     def forget(
         self, at: datetime | None = None, *, dry_run: bool = False, space: SpaceLike = None
     ) -> list[Change]:
@@ -409,7 +330,7 @@ class Memory:
 
         return self._transact(decide, space)
 
-    @_in_space
+    @in_space
     def summarise(self, session: str | None = None, *, space: SpaceLike = None) -> list[str]:
         """Tell the policy that a session has ended; returns the ids of what it made of it."""
 
@@ -420,32 +341,13 @@ class Memory:
 
         return self._transact(decide, space)
 
-    @_in_space
-    def transact(
-        self,
-        decide: Callable[[View], Sequence[Change]],
-        *,
-        actor: str | None = None,
-        space: SpaceLike = None,
-    ) -> list[str]:
-        """Decide changes on a consistent view and apply them, all or nothing; returns their ids.
-
-        `decide` may be called several times and must have no effects of its own.
-        """
-        return self._transact(lambda view, applier: applier.apply(decide(view)), space, actor=actor)
-
-    @_in_space
-    def reading(self, *, encoded: Query | None = None, space: SpaceLike = None) -> "_Reading":
-        """A context manager: a `View` of one instant, for reading."""
-        return _Reading(self, space, encoded)
-
-    @_in_space
+    @in_space
     def export(self, file: str | os.PathLike[str], *, space: SpaceLike = None) -> dict[str, Any]:
         """Write one space as JSON lines, log and past versions included; returns counts, digest."""
         with self.store.read() as transaction:
             return transfer.export(transaction, space, Path(file))
 
-    @_in_space
+    @in_space
     def import_(
         self,
         file: str | os.PathLike[str],
@@ -453,122 +355,43 @@ class Memory:
         format: str = "holdfast",
         space: SpaceLike = None,
     ) -> dict[str, int]:
-        """Read what `export` wrote, or another library's export; doing it twice changes nothing."""
+        """Read what `export` wrote, or another library's export; doing it twice changes nothing.
+
+        Raises:
+            UsageError: the file is damaged, or this space's log is neither a beginning of the
+                file's nor goes on from it; another, empty space takes it.
+        """
         counts = transfer.import_(self, Path(file), format, space)
         self.store.shred()  # it may have brought a purge
         return counts
 
     def stats(self) -> dict[str, Any]:
         """Counts, bytes on disk and in RAM, and what the language model has cost so far."""
-        with self.store.read() as transaction:
-            counts = {
-                name: transaction.rows(f"SELECT count(*) FROM {table}{where}")[0][0]
-                for name, table, where in (
-                    ("memories", "memory", " WHERE retired_at IS NULL"),
-                    ("versions", "memory", ""),
-                    ("edges", "edge", " WHERE retired_at IS NULL"),
-                    ("events", "event", ""),
-                    ("spaces", "space", ""),
-                )
-            }
-        usage = self.llm.usage if self.llm is not None else None
-        return {
-            **counts,
-            "store": self.store.url,
-            "bytes": {"store": self.store.nbytes(), "index": self.searcher.nbytes()},
-            "embedder": self.embedder.id,
-            "policy": type(self.policy).__name__,
-            "llm": None
-            if usage is None
-            else {
-                "calls": usage.calls, "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens, "cost": usage.cost,
-            },
-        }  # fmt: skip
-
-    def now(self) -> datetime:
-        """The clock, checked."""
-        time = self._clock()
-        micros(time, "clock()")
-        return time.astimezone(UTC)
-
-    def close(self) -> None:
-        self.store.close()
-
-    def __enter__(self) -> "Memory":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _transact(self, decide: Decide, space: Space, *, actor: str | None = None) -> Any:
-        """Decide and apply in one transaction, with slow work done between attempts."""
-        work, now = Work(self.embedder, self.llm), self.now()
-        for attempt in range(ATTEMPTS + 1):
-            work.deferring = attempt < ATTEMPTS
-            try:
-                with self.store.write() as transaction:
-                    applier = Applier(
-                        transaction, space, actor=actor or self.actor, now=micros(now, "clock()")
-                    )
-                    if self.store.volatile:  # it has one connection, which sees what is not final
-                        self.searcher.sync(applier.space_id)
-                    view = self._view(transaction, space, applier.space_id, now, work)
-                    result = decide(view, applier)
-                    self.searcher.encode(transaction, applier.space_id, applier.done, work)
-                    applier.finish()
-                return result
-            except Pending:
-                work.settle()
-        raise AssertionError("the last attempt does its work itself")
-
-    def _view(self, transaction, space: Space, space_id: int, now: datetime, work: Work) -> View:
-        return View(
-            transaction, space, space_id,
-            now=now, searcher=self.searcher, work=work, judgement=self._judgement(work),
-        )  # fmt: skip
-
-    def _judgement(self, work: Work) -> Judgement:
-        rules = Rules(embedder=work)
-        return rules if self.llm is None else Prompted(work, rules)
-
-
-class _Reading:
-    def __init__(self, memory: Memory, space: Space, encoded: Query | None):
-        self._memory, self._space, self._encoded = memory, space, encoded
-
-    def __enter__(self) -> View:
-        memory = self._memory
-        self._open = memory.store.read()
-        transaction = self._open.__enter__()
-        work = Work(memory.embedder, memory.llm)
-        if self._encoded is not None:
-            work.know(self._encoded)
-        space_id, _ = space_row(transaction, self._space, create=False)
-        return memory._view(transaction, self._space, space_id, memory.now(), work)
-
-    def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
-
-
-def _with_neighbours(view: View, hits: Sequence[Hit]) -> list[Hit]:
-    """Hits, and behind them what stands up to `REACH` places from them in their sessions."""
-    known = {hit.id for hit in hits}
-    near = {
-        item.id: item
-        for hit in hits
-        if hit.session is not None
-        for newest in (True, False)
-        for item in view.items(
-            session=hit.session, kind=hit.kind, limit=REACH, after=hit.position, newest=newest
-        )
-    }
-    return [*hits, *view.hits([(item, 0.0, {}) for i, item in near.items() if i not in known])]
+        return maintain.stats(self)
 
 
 def _still(applier: Applier, changes: Sequence[Change]) -> list[Change]:
     """Without touches of memories that another process has retired: a read must not fail."""
     return [c for c in changes if not isinstance(c, Touch) or applier.is_current(c.id)]
+
+
+def _having(
+    filters: Mapping[str, Any], page: Callable[..., list[Item]], limit: int | None, after: int
+) -> list[Item]:
+    """The first `limit` items with some metadata, or all, read page by page."""
+    if limit is None:
+        return [item for item in page(after=after) if _has(item.metadata, filters)]
+    if limit < 1:
+        raise UsageError(f"limit={limit} is not positive; ask for at least one memory")
+    found: list[Item] = []
+    size = max(limit, 100) if filters else limit
+    while len(found) < limit:
+        items = page(limit=size, after=after)
+        found += [item for item in items if _has(item.metadata, filters)]
+        if len(items) < size:
+            break
+        after = items[-1].position
+    return found[:limit]
 
 
 def _has(metadata: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:

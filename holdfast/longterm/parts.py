@@ -4,7 +4,7 @@ A memory of part `p` has the kind `p/kind`; whatever has none of the known parts
 main part, whose name is empty. Two processes, or a policy made anew, find the same parts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +51,9 @@ class Part(View):
     def items(self, *, kind: str | None = None, **given: Any) -> list[Item]:
         return super().items(kind=None if kind is None else self.kind(kind), **given)
 
+    def as_of(self, *times: Any, kind: str | None = None, **given: Any) -> list[Item]:
+        return super().as_of(*times, kind=None if kind is None else self.kind(kind), **given)
+
     def kinds(self) -> list[str]:
         known = (split(kind, self._names) for kind in super().kinds())
         return [kind for name, kind in known if name == self._name]
@@ -62,7 +65,12 @@ class Part(View):
         return sum(super(Part, self).count(k) for k in self._real(None if kind is None else [kind]))
 
     def edges(self, **ends: str | None) -> list[Edge]:
-        found = super().edges(**ends)
+        return self._within(super().edges(**ends))
+
+    def edges_of(self, items: Collection[str]) -> list[Edge]:
+        return self._within(super().edges_of(items))
+
+    def _within(self, found: Sequence[Edge]) -> list[Edge]:
         here = self.get_many(end for edge in found for end in (edge.src, edge.dst))
         return [edge for edge in found if edge.src in here and edge.dst in here]
 

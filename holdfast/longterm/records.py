@@ -169,6 +169,7 @@ class Hit:
 class Add:
     """Store a new memory.
 
+    `data` is the policy's own; what it keeps under "shelf", a text, `View.items` finds by an index.
     Another change of the same batch refers to it by this object: `Link(add, "next", other.id)`.
     `key` tells inputs apart that have the same text; a memory with the same kind, text and key in
     the same space is touched instead of stored twice.

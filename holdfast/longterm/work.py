@@ -11,7 +11,7 @@ import numpy as np
 
 from holdfast.longterm.language.llm import LLM, LLMError, Usage
 from holdfast.longterm.retrieval.embed import AFTER, BEFORE, Embedder, InContext, Query
-from holdfast.longterm.store.apply import dumps
+from holdfast.longterm.store.rows import dumps
 
 # A space that others change all the time must not keep a call from ever ending.
 ATTEMPTS = 8

@@ -81,6 +81,12 @@ def test_text_comes_from_arguments_pipes_and_lines_of_json(run, tmp_path):
     assert len(out.out.splitlines()) == 3 and "more: --after" in out.err
     newest = read(run, "show", "--newest", "--limit", 1)
     assert newest["memories"][0]["text"] == "and a text"
+    then = newest["memories"][0]["recorded_at"]
+    for past in ([], ["--recorded", then]):
+        page = ["--newest", "--limit", 2, "--after", newest["next"], *past]
+        assert [m["text"] for m in read(run, "show", *page)["memories"]] == [
+            "Message 149.", "Message 148.",
+        ]  # fmt: skip
     found = read(run, "search", "sailing", "--filter", "stars=3", "--kind", "fact")
     assert [hit["id"] for hit in found] == [one]
     context = read(run, "context", "sailing", "--budget", 30)

@@ -1,5 +1,6 @@
 """Memories with a clock that ticks by itself, in a file or on a server, to fill and to ask."""
 
+import importlib.util
 import itertools
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import pytest
 
 from holdfast.longterm.memory import Memory
 from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.store import sqlite
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 ENGINES = ["sqlite", "postgresql"]
@@ -106,3 +108,35 @@ def place(request, tmp_path):
 def memory(place, clock):
     with Memory(place("memory"), embedder=Hash(64), clock=clock) as made:
         yield made
+
+
+class Fetched:
+    """Rows that SQL has handed out so far; `of(act)` counts those of one act."""
+
+    rows = 0
+
+    def of(self, act):
+        before = self.rows
+        act()
+        return self.rows - before
+
+    def count(self, monkeypatch, sql):
+        plain = sql.rows
+
+        def rows(transaction, statement, args=()):
+            found = plain(transaction, statement, args)
+            self.rows += len(found)
+            return found
+
+        monkeypatch.setattr(sql, "rows", rows)
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    made = Fetched()
+    made.count(monkeypatch, sqlite._Sql)
+    if importlib.util.find_spec("psycopg"):
+        from holdfast.longterm.store import postgres_session
+
+        made.count(monkeypatch, postgres_session.Sql)
+    return made

@@ -79,6 +79,32 @@ def test_valid_time_and_recorded_time_are_two(memory):
     assert memory.as_of(may, START) == [], "it was not known yet"
 
 
+def test_pages_of_the_past_are_cut_by_the_store(memory, fetched):
+    ids = memory.add([{"role": "user", "content": f"fact {n}"} for n in range(300)], session="s")
+    memory.add("a note", kind="note", metadata={"of": "ann"})
+    then = memory.get(ids[0]).recorded_at
+    memory.delete(ids[2])
+    memory.update(ids[3], "changed")
+    whole = [item.text for item in memory.as_of(recorded=then)]
+    assert whole == [f"fact {n}" for n in range(300)]
+    for newest in (False, True):
+        seen, after = [], 0
+        while page := memory.as_of(recorded=then, limit=70, after=after, newest=newest):
+            seen += [item.text for item in page]
+            after = page[-1].position
+        assert seen == (whole[::-1] if newest else whole)
+
+    def page():
+        memory.as_of(recorded=then, limit=10, after=memory.get(ids[100]).position)
+
+    assert fetched.of(page) < 20
+    assert [i.text for i in memory.as_of(kind="note", limit=5)] == ["a note"]
+    assert [i.text for i in memory.as_of(filters={"of": "ann"}, limit=1)] == ["a note"]
+    assert len(memory.as_of(session="s", limit=1000)) == 299
+    with pytest.raises(UsageError, match="limit=0"):
+        memory.as_of(limit=0)
+
+
 def test_errors_say_what_to_do(memory):
     for act, message in (
         (lambda: memory.add("  "), "no text"),
@@ -196,6 +222,47 @@ def test_a_failing_embedder_leaves_nothing_behind(place):
         with pytest.raises(OSError, match="gone"):
             memory.add("x")
         assert memory.stats()["memories"] == memory.stats()["events"] == 0
+
+
+def test_a_generator_decides_in_steps_all_or_nothing(memory):
+    def decide(view, last):
+        (origin,) = yield [Add("origin")]
+        assert view.get(origin).text == "origin", "a step sees what those before it did"
+        yield [Add("made of it", sources=[Source(origin)]), last]
+
+    with pytest.raises(UsageError, match="cannot retire m0"):
+        memory.transact(lambda view: decide(view, Retire("m0")))
+    assert memory.stats()["events"] == 0
+    ids = memory.transact(lambda view: decide(view, Add("another")))
+    assert [memory.get(i).text for i in ids] == ["origin", "made of it", "another"]
+
+
+def test_what_a_policy_puts_on_a_shelf_is_found_by_an_index(memory, fetched, tmp_path):
+    adds = [Add(f"note {n}", "note", data={"shelf": f"s{n % 50}", "n": n}) for n in range(500)]
+    ids = memory.transact(lambda view: adds)
+
+    def shelf(name, of=memory):
+        with of.reading() as view:
+            return [item.data["n"] for item in view.items(kind="note", shelf=name)]
+
+    assert shelf("s7") == list(range(7, 500, 50))
+    assert fetched.of(lambda: shelf("s7")) < 20
+    memory.transact(lambda view: [Touch(ids[7], data={"shelf": "s8", "n": 7})])
+    memory.transact(lambda view: [Revise(ids[57], data={"n": 57})])
+    memory.delete(ids[107])
+    assert shelf("s7") == list(range(157, 500, 50)) and shelf("s8")[0] == 7
+    memory.export(tmp_path / "m.jsonl")
+    with Memory(":memory:", embedder=Hash(64)) as other:
+        other.import_(tmp_path / "m.jsonl")
+        assert (shelf("s7", other), shelf("s8", other)) == (shelf("s7"), shelf("s8"))
+    if not memory.store.url.startswith("sqlite"):
+        return  # the server plans by what it counts; this many rows it may well read one by one
+    with memory.store.read() as transaction:
+        (plan,) = transaction.rows(
+            "EXPLAIN QUERY PLAN SELECT id FROM memory WHERE space = 1 AND retired_at IS NULL "
+            "AND kind = 'note' AND shelf = 's7' ORDER BY position"
+        )
+    assert "memory_shelf" in plan[-1] and "(space=? AND kind=? AND shelf=?)" in plan[-1]
 
 
 def test_touch_changes_use_and_not_what_is_said(memory):

@@ -128,7 +128,7 @@ def frequent(seed: int) -> tuple[float, float, int]:
             for fact in often:
                 if fact < start + SESSION and draw.random() < ASKED:
                     memory.search(_question(texts[fact]), limit=1)
-        kept = sum(n.data["tier"] != "archive" for n in memory.get_all(kind="note", limit=10_000))
+        kept = sum(n.data["shelf"] != "archive" for n in memory.get_all(kind="note", limit=10_000))
         ours = _found(memory, [texts[i] for i in often])
     with Memory(":memory:", embedder=Hash(), clock=clock) as newest:
         newest.add(texts[-kept:])

@@ -2,9 +2,11 @@
 
 Keeps    turns as the origin of notes, not searched; notes, each in one tier: working (the dialogue
          that goes on), short (of past dialogues), long (used often), archive (kept, not recalled).
-Form     a note is an item with its tier, its sort (user, common, summary) and how often it was
-         used; a move between tiers changes neither text nor history.
-Bytes    text + 4*d + row per note, text + row per turn; a user's adapter: see `personal`.
+Form     a note is an item with its tier as its shelf, its sort (user, common, summary) and how
+         often it was used; a move between tiers changes neither text nor history.
+Bytes    text + 4*d + row per note, text + row per turn; a user's adapter: see `personal`. A call
+         reads the notes of three tiers: the dialogue's, as many as the short-term memory may hold,
+         and what was asked for often. The archive, where all else goes, is not read.
 Source   K. Zhang et al., "LLM-based Medical Assistant Personalization with Short- and Long-Term
          Memory Coordination", 2024; authors' code read.
 Departs  the authors' code leaves the transfer between tiers empty: here a note rises with its third
@@ -92,15 +94,10 @@ class MaLP(Policy):
 
     def summarise(self, view: "View", session: str | None) -> list[Change]:
         """A dialogue's notes go to the short-term memory, its oldest ones to the archive."""
-        notes = view.items(kind=NOTE)
-        ended = [
-            note
-            for note in notes
-            if note.data["tier"] == WORKING and session in (None, note.session)
-        ]
+        ended = [n for n in _in(view, WORKING) if session in (None, n.session)]
         if not ended:
             return []
-        changes: list[Change] = [Touch(n.id, data={**n.data, "tier": SHORT}) for n in ended]
+        changes: list[Change] = [Touch(n.id, data={**n.data, "shelf": SHORT}) for n in ended]
         made = 0
         for name in dict.fromkeys(n.session for n in ended if n.session is not None):
             turns = [item for item in view.items(session=name) if item.kind != NOTE]
@@ -113,10 +110,10 @@ class MaLP(Policy):
                         valid_from=turns[-1].valid_from, sources=[Source(t.id) for t in turns],
                     )
                 )  # fmt: skip
-        short = [n for n in notes if n.data["tier"] == SHORT] + ended
+        short = _in(view, SHORT) + ended
         short.sort(key=lambda n: (n.used_at or n.recorded_at, n.position))
         over = short[: max(0, len(short) + made - self.capacity)]
-        return changes + [Touch(n.id, data={**n.data, "tier": ARCHIVE}) for n in over]
+        return changes + [Touch(n.id, data={**n.data, "shelf": ARCHIVE}) for n in over]
 
     def update(self, view: "View", item: Item, text: str) -> list[Change]:
         """A corrected turn is noted anew."""
@@ -136,15 +133,16 @@ class MaLP(Policy):
 
     def retrieve(self, view: "View", query: str, limit: int) -> list[Hit]:
         """All but the archive by words, long-term memory by meaning too."""
-        notes = [n for n in view.items(kind=NOTE) if n.data["tier"] != ARCHIVE]
+        risen = _in(view, LONG)
+        notes = [*_in(view, WORKING), *_in(view, SHORT), *risen]
         asked = content(query)
         worded = [(note, content(note.text)) for note in notes]
         # A summary has some word for everything: of equally near notes the shortest, then newest.
         far = [(distance(asked, w), len(w), -note.position, note) for note, w in worded]
         close = sorted(one for one in far if one[0] <= LIKE)[: self.near]
         found = {note.id: (note, {"words": 1 - d}) for d, _, _, note in close}
-        held = [note.id for note in notes if note.data["tier"] == LONG]
-        if held:
+        if risen:
+            held = [note.id for note in risen]
             for note, cosine in view.nearest(query, limit, kinds=(NOTE,), among=held):
                 if cosine >= self.alike:
                     found.setdefault(note.id, (note, {}))[1]["cosine"] = cosine
@@ -158,8 +156,8 @@ class MaLP(Policy):
         for note in view.get_many(hit.id for hit in hits).values():
             if note.kind == NOTE:
                 data = {**note.data, "uses": note.data["uses"] + 1}
-                if data["tier"] == SHORT and data["uses"] >= self.uses:
-                    data["tier"] = LONG
+                if data["shelf"] == SHORT and data["uses"] >= self.uses:
+                    data["shelf"] = LONG
                 changes.append(Touch(note.id, data=data))
         return changes
 
@@ -217,7 +215,11 @@ def _sort(fact: Fact, speaker: str | None) -> str:
 
 
 def _data(tier: str, sort: str) -> dict[str, str | int]:
-    return {"tier": tier, "sort": sort, "uses": 0}
+    return {"shelf": tier, "sort": sort, "uses": 0}
+
+
+def _in(view: "View", tier: str) -> list[Item]:
+    return view.items(kind=NOTE, shelf=tier)
 
 
 def _notes_of(view: "View", turns: Sequence[str]) -> list[Item]:

@@ -24,12 +24,22 @@ from holdfast.longterm.language.llm import LLM, Rules
 from holdfast.longterm.language.questions import passive, readings
 from holdfast.longterm.language.spelling import Fields, Letters
 from holdfast.longterm.policy import as_turn
-from holdfast.longterm.records import Change, Item, Revise, Source, Turn, text_hash
+from holdfast.longterm.records import (
+    Change,
+    Item,
+    Purge,
+    Revise,
+    Source,
+    Turn,
+    document,
+    text_hash,
+)
 from holdfast.longterm.retrieval import kg
 from holdfast.longterm.tools.calls import Call, CallError, When, calls, triple
 
 if TYPE_CHECKING:
-    from holdfast.longterm.memory import Memory, SpaceLike
+    from holdfast.longterm.memory import Memory
+    from holdfast.longterm.opened import SpaceLike, Steps
     from holdfast.longterm.store.view import View
 
 ALIASES = ("name", "go_by", "know_as")  # relations to another name of the same entity
@@ -101,15 +111,12 @@ class TripletMemory:
         self.state(facts, text)
 
     def state(self, facts: Sequence[Fact], text: Turn | None = None) -> None:
-        """Facts, as rules or a model found them in a text; all of them, or none."""
-        if not facts:
-            return
-        source = None
-        if text is not None:
-            (source,) = self.memory.transact(lambda _: [as_turn(text)], space=self.space)
-        self.memory.transact(lambda view: self._stated(view, facts, source), space=self.space)
+        """Facts, as rules or a model found them in a text; it and all of them, or nothing."""
+        if facts:
+            self.memory.transact(lambda view: self._stated(view, facts, text), space=self.space)
 
-    def _stated(self, view: "View", facts: Sequence[Fact], source: str | None) -> list[Change]:
+    def _stated(self, view: "View", facts: Sequence[Fact], text: Turn | None) -> "Steps":
+        (source,) = (None,) if text is None else (yield [as_turn(text)])
         graph = kg.FactGraph(view, self._single)
         revised: list[Change] = []
         for fact in facts:
@@ -117,9 +124,8 @@ class TripletMemory:
             if fact.relation not in ALIASES:
                 fact = replace(fact, object=self._canonical(view, fact.object))
             start = fact.valid_from or (None if fact.valid_to else view.now)
-            fact = replace(
-                fact, valid_from=start, single=fact.single or slots.single(fact.relation)
-            )
+            single = fact.single or slots.single(fact.relation)
+            fact = replace(fact, valid_from=start, single=single)
             known = [
                 item
                 for item in _matching(view, fact.subject, fact.relation, fact.object)
@@ -129,10 +135,9 @@ class TripletMemory:
                 origin = Source(source, fact.start, fact.end) if source else None
                 graph.add(fact, view.now, origin)
             elif fact.valid_to and known[0].valid_to is None:
-                revised.append(
-                    Revise(known[0].id, valid_to=fact.valid_to, why="its end became known")
-                )
-        return [*graph.changes, *revised]
+                why = "its end became known"
+                revised.append(Revise(known[0].id, valid_to=fact.valid_to, why=why))
+        yield [*graph.changes, *revised]
 
     def _canonical(self, view: "View", name: str) -> str:
         """Whose other name this is, where exactly one is known."""
@@ -145,15 +150,20 @@ class TripletMemory:
         Raises:
             UsageError: there never was such a text.
         """
-        gone = self.memory.purge(text, space=self.space)
-        with self.memory.reading(space=self.space) as view:
-            names = [
-                entity.id
-                for entity in view.items(kind=kg.ENTITY)
-                if not view.edges(src=entity.id) and not view.edges(dst=entity.id)
-            ]
-        for name in names:
-            gone += self.memory.purge(name, space=self.space)
+        gone: list[str] = []
+
+        def decide(view: "View") -> "Steps":
+            gone[:] = [text, *view.made_of(text)]
+            ends = {end for edge in view.edges_of(gone) for end in (edge.src, edge.dst)}
+            yield [Purge(text)]
+            left = [i.id for i in view.get_many(sorted(ends)).values() if i.kind == kg.ENTITY]
+            names = [name for name in left if not view.edges_of([name])]
+            yield [Purge(name) for name in names]
+            gone.extend(names)
+            yield self.memory.policy.removed(view, gone, purged=True)
+
+        self.memory.transact(decide, space=self.space)
+        self.memory.store.shred()
         self._names, self._relations = Fields(self._letters.dim), Fields(self.memory.embedder.dim)
         self._read_to = 0
         return gone
@@ -275,11 +285,8 @@ def _holds(item: Item, when: When) -> bool:
 
 
 def _triplet(item: Item, score: float) -> Triplet:
-    data = item.data
-    return Triplet(
-        data["subject"], data["relation"], data["object"], item.valid_from, item.valid_to, item.id,
-        score,
-    )  # fmt: skip
+    fields = [item.data[name] for name in ("subject", "relation", "object")]
+    return Triplet(*fields, item.valid_from, item.valid_to, item.id, score)
 
 
 @dataclass(frozen=True)
@@ -343,20 +350,13 @@ class Controller:
             found = [t for t in found if t.score == found[0].score]
             done.append((call, tuple(found)))
             if found:
-                answers = tuple(
-                    dict.fromkeys(t.t2 if call.t1 and not call.t2 else t.t1 for t in found)
-                )
-                return Run(", ".join(answers), tuple(done), answers)
+                answers = dict.fromkeys(t.t2 if call.t1 and not call.t2 else t.t1 for t in found)
+                return Run(", ".join(answers), tuple(done), tuple(answers))
         return Run(NOTHING, tuple(done), ())
 
     def _asked(self, llm: LLM, turn: Turn) -> Run:
-        messages = [
-            {"role": "system", "content": _SYSTEM},
-            {
-                "role": "user",
-                "content": f"{turn.speaker}: {turn.text}" if turn.speaker else turn.text,
-            },
-        ]
+        said = document(turn.speaker, turn.text)
+        messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": said}]
         done: list[tuple[Call, tuple[Triplet, ...]]] = []
         for _ in range(self.limit + 1):
             reply = str(llm.complete(messages))

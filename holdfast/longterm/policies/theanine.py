@@ -2,8 +2,11 @@
 
 Keeps    turns as they were said; a sentence for each event of a session that has ended, and typed
          edges from earlier to later events.
-Form     an event is an item dated by its session; edges go forward in time.
-Bytes    text + 4*d + row for each turn and event, a row for each edge.
+Form     an event is an item dated by its session, on the shelf of what it is about; edges go
+         forward in time.
+Bytes    text + 4*d + row for each turn and event, a row for each edge. A question reads what leads
+         to its hits, and at most 64 ways on; the end of a session reads what is new of it, events
+         that are alike, and of their timelines as much as it takes to tell which are connected.
 Source   K. Ong et al., "Towards Lifelong Dialogue Agents via Timeline-based Memory Management",
          2025.
 Departs  rules summarise, relate and refine where there is no model; a model is asked once for all
@@ -13,8 +16,9 @@ Departs  rules summarise, relate and refine where there is no model; a model is 
          shown, not ones drawn at random.
 """
 
+import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -28,13 +32,15 @@ from holdfast.longterm.language.llm import Rules
 from holdfast.longterm.language.shapes import listing, record
 from holdfast.longterm.policy import Policy, Traits
 from holdfast.longterm.records import Add, Change, Hit, Item, Link, Retire, Revise, Source, Touch
-from holdfast.longterm.retrieval import kg
+from holdfast.longterm.timelines import Timelines
 
 if TYPE_CHECKING:
     from holdfast.longterm.store.view import View
 
 EVENT, SAME = "event", "SameTopic"
-PATHS = 64  # at most, of those through one hit
+# How far it is told, noted with a turn: with all of its session, or of the space, before it.
+TOLD, ALL_TOLD = "session", "all"
+_PAGE = 50
 
 _STRING, _NUMBER = {"type": "string"}, {"type": "integer"}
 _EVENTS = record(events=listing(record(turn=_NUMBER, sentence=_STRING)))
@@ -85,11 +91,7 @@ class Theanine(Policy):
 
     def summarise(self, view: "View", session: str | None) -> list[Change]:
         """Events of what has not been summarised yet, each linked to what it follows from."""
-        turns = [
-            item
-            for item in view.items(session=session)
-            if item.kind != EVENT and not item.data.get("told")
-        ]
+        turns = _untold(view, session)
         drafts = [_Draft(add, (_when(turn), i)) for i, (turn, add) in enumerate(_told(view, turns))]
         self._compare(view, drafts)
         pairs = [(i, other) for i, draft in enumerate(drafts) for other in draft.near]
@@ -98,20 +100,24 @@ class Theanine(Policy):
         for (i, other), relation in zip(pairs, _related(view, texts), strict=True):
             if relation is not None:
                 related.setdefault(i, {})[other] = relation
-        changes: list[Change] = [Touch(t.id, data={**t.data, "told": True}) for t in turns]
+        noted = {turn.id: turn for turn in turns}
+        told = TOLD if session is not None else ALL_TOLD
+        if session is None:
+            newest = next((item for item in _latest(view, None) if item.kind != EVENT), None)
+            if newest is not None and newest.data.get("told") != ALL_TOLD:
+                noted[newest.id] = newest
+        changes: list[Change] = [Touch(i, data={**t.data, "told": told}) for i, t in noted.items()]
         changes += [draft.add for draft in drafts]
         return changes + _links(view, drafts, related)
 
     def _compare(self, view: "View", drafts: Sequence[_Draft]) -> None:
         """The most similar earlier events of other sessions, for each draft."""
         vectors = view.embed([draft.add.text for draft in drafts])
-        events = sorted(view.items(kind=EVENT), key=_when)
-        about = {tuple(i.data["about"]): i for i in events if any(i.data["about"])}
         for number, draft in enumerate(drafts):
-            near = [
-                *view.nearest(vectors[number], 4 * self.j, kinds=(EVENT,)),
-                *([(last, -1.0)] if (last := about.get(tuple(draft.add.data["about"]))) else ()),
-            ]
+            near = view.nearest(vectors[number], 4 * self.j, kinds=(EVENT,))
+            if about := draft.add.data.get("shelf"):
+                same = view.items(kind=EVENT, shelf=about)
+                near += [(last, -1.0) for last in sorted(same, key=_when)[-1:]]
             found: list[tuple[float, str | int, str]] = [
                 (cosine, item.id, item.text)
                 for item, cosine in near
@@ -132,7 +138,9 @@ class Theanine(Policy):
         Raises:
             UsageError: an unknown relation or event, an edge back in time, or a cycle.
         """
-        known, graph = {i.id: i for i in view.items(kind=EVENT)}, _Timelines(view)
+        named = {event for old, _, new in edges for event in (old, new)}
+        known = {i.id: i for i in view.get_many(named).values() if i.kind == EVENT}
+        graph = Timelines(view)
         for old, relation, new in edges:
             if relation not in RELATIONS:
                 raise unknown("relation", relation, RELATIONS)
@@ -157,7 +165,9 @@ class Theanine(Policy):
             return changes
         told = [add for _, add in _told(view, [replace(item, text=text)])]
         pairs = zip(old, told, strict=False)
-        changes += [Revise(event.id, text=add.text, why="updated") for event, add in pairs]
+        changes += [
+            Revise(event.id, text=add.text, data=add.data, why="updated") for event, add in pairs
+        ]
         changes += [Retire(event.id, "its turn was corrected") for event in old[len(told) :]]
         return [*changes, *told[len(old) :]]
 
@@ -168,10 +178,11 @@ class Theanine(Policy):
 
     def timelines(self, view: "View", query: str) -> list[list[Hit]]:
         """Lines of events through the best hits; `terms` has the cosine to the query."""
-        graph, asked = _Timelines(view), view.embed([query])[0]
+        hits = view.search(query, self.k, kinds=(EVENT,)) if view.count(EVENT) else []
+        graph, asked = Timelines(view), view.embed([query])[0]
         lines: dict[tuple[str, ...], float] = {}
         cosines: dict[str, float] = {}
-        for hit in view.search(query, self.k, kinds=(EVENT,)) if view.count(EVENT) else ():
+        for hit in hits:
             ways = graph.through(hit.id)
             for event in {event for way in ways for event in way} - cosines.keys():
                 own = view.vector(event)
@@ -192,7 +203,7 @@ class Theanine(Policy):
         return found
 
     def _refined(
-        self, view: "View", graph: "_Timelines", query: str, way: Sequence[str],
+        self, view: "View", graph: "Timelines", query: str, way: Sequence[str],
         cosines: Mapping[str, float], score: float,
     ) -> list[Hit]:  # fmt: skip
         """Without the events inside a line that change nothing and are far from the query."""
@@ -226,7 +237,7 @@ class Theanine(Policy):
         lines = self.timelines(view, query)
         if not lines:
             return pack(self.retrieve(view, query, 50), budget, count)
-        graph, rows, taken = _Timelines(view), [], []
+        graph, rows, taken = Timelines(view), [], []
         for timeline in lines:
             left = [hit for hit in timeline if hit.id not in taken]
             while left:
@@ -240,72 +251,7 @@ class Theanine(Policy):
         return Context(text, count(text), budget, tuple(taken), len(every) - len(taken))
 
 
-class _Timelines:
-    """The edges between events, both ways."""
-
-    def __init__(self, view: "View"):
-        self._next: dict[str, dict[str, str]] = {}
-        self._last: dict[str, list[str]] = {}
-        for edge in view.edges():
-            if edge.rel in RELATIONS:
-                self.add(edge.src, edge.rel, edge.dst)
-
-    def add(self, old: str, relation: str, new: str) -> None:
-        self._next.setdefault(old, {})[new] = relation
-        self._last.setdefault(new, []).append(old)
-
-    def relation(self, old: str, new: str) -> str | None:
-        """Of an edge, or of the last edge on a way between two events."""
-        return self._next.get(old, {}).get(new) or next(
-            (self._next[one][new] for one in self._last.get(new, ())), None
-        )
-
-    def before(self, event: str) -> list[str]:
-        """All that leads to an event, the event first.
-
-        Raises:
-            UsageError: the event leads to itself.
-        """
-        found, open_ = {event: None}, [event]
-        while open_:
-            for one in self._last.get(open_.pop(), ()):
-                if one == event:
-                    raise UsageError(
-                        f"event {event} leads to itself: edges must go forward in time; unlink one"
-                    )
-                if one not in found:
-                    found[one] = None
-                    open_.append(one)
-        return list(found)
-
-    def through(self, event: str) -> list[list[str]]:
-        """At most `PATHS` ways through an event, from where they begin to where they end."""
-        ancestors = set(self.before(event))
-        roots = sorted(one for one in ancestors if not self._last.get(one))
-        heads = [way for root in roots for way in self._ways(root, event, ancestors)][:PATHS]
-        tails = self._ways(event, None, None)
-        return [[*head, *tail[1:]] for tail in tails for head in heads][:PATHS]
-
-    def _ways(self, start: str, end: str | None, among: set[str] | None) -> list[list[str]]:
-        found: list[list[str]] = []
-        open_ = [[start]]
-        while open_ and len(found) < PATHS:
-            path = open_.pop()
-            if path[-1] == end:
-                found.append(path)
-                continue
-            more = [o for o in self._next.get(path[-1], ()) if among is None or o in among]
-            if not more and end is None:
-                found.append(path)
-            if set(more) & set(path):
-                raise UsageError(
-                    f"event {path[-1]} leads back to itself: edges must go forward in time"
-                )
-            open_ += [[*path, one] for one in reversed(more)]
-        return found
-
-
-def _rendered(graph: _Timelines, hits: Sequence[Hit]) -> list[str]:
+def _rendered(graph: Timelines, hits: Sequence[Hit]) -> list[str]:
     """One line per event; its relation stands in brackets, where no text of a memory can."""
     rows = [line(hits[0])]
     for last, hit in itertools.pairwise(hits):
@@ -314,11 +260,30 @@ def _rendered(graph: _Timelines, hits: Sequence[Hit]) -> list[str]:
     return rows
 
 
+def _untold(view: "View", session: str | None) -> list[Item]:
+    """Turns of a session, or of all, that no event has been made of, oldest first."""
+    found = []
+    for item in _latest(view, session):
+        told = item.data.get("told") if item.kind != EVENT else None
+        if told == ALL_TOLD or (told == TOLD and session is not None):
+            break  # nothing before it is left
+        if item.kind != EVENT and told is None:
+            found.append(item)
+    return found[::-1]
+
+
+def _latest(view: "View", session: str | None) -> Iterator[Item]:
+    page = view.items(session=session, newest=True, limit=_PAGE)
+    while page:
+        yield from page
+        page = view.items(session=session, newest=True, limit=_PAGE, after=page[-1].position)
+
+
 def _told(view: "View", turns: Sequence[Item]) -> list[tuple[Item, Add]]:
     """The events of turns, in their order; a model, where there is one, is asked once."""
     if not turns:
         return []
-    told: list[tuple[Item, str, Source, tuple[str, str]]] = []
+    told: list[tuple[Item, str, Source, dict[str, str]]] = []
     answer = view.judgement.ask(
         "Summarise the conversation as events: each a sentence in the third person that can be "
         "read alone, with the number of the turn that tells it.",
@@ -329,18 +294,19 @@ def _told(view: "View", turns: Sequence[Item]) -> list[tuple[Item, Add]]:
         rules = Rules()
         for turn in turns:
             for fact in rules.facts(turn.text, turn.valid_from, turn.speaker):
-                about = (fact.subject.casefold(), fact.relation)
-                told.append((turn, fact.text, Source(turn.id, fact.start, fact.end), about))
+                about = f"{fact.subject.casefold()}\x1f{fact.relation}".encode()
+                data = {"shelf": hashlib.blake2b(about, digest_size=8).hexdigest()}
+                told.append((turn, fact.text, Source(turn.id, fact.start, fact.end), data))
     for one in answer["events"] if answer is not None else ():
         if 0 <= one["turn"] < len(turns) and one["sentence"].strip():
             turn = turns[one["turn"]]
-            told.append((turn, one["sentence"].strip(), Source(turn.id), ("", "")))
+            told.append((turn, one["sentence"].strip(), Source(turn.id), {}))
     told.sort(key=lambda one: (_when(one[0]), one[0].position))
     adds: dict[tuple[str | None, str], tuple[Item, Add]] = {}
-    for turn, text, source, about in told:
+    for turn, text, source, data in told:
         add = Add(
             text, EVENT, session=turn.session, metadata=turn.metadata, valid_from=_when(turn),
-            sources=(source,), key=turn.session or turn.id, data={"about": about},
+            sources=(source,), key=turn.session or turn.id, data=data,
         )  # fmt: skip
         adds.setdefault((turn.session, text), (turn, add))
     return list(adds.values())
@@ -361,19 +327,17 @@ def _links(
     view: "View", drafts: Sequence[_Draft], related: Mapping[int, Mapping[str | int, str]]
 ) -> list[Change]:
     """In each connected component of what is related, a link from the most recent."""
-    edges = [(e.src, e.dst) for e in view.edges() if e.rel in RELATIONS]
     stored = view.get_many(o for some in related.values() for o in some if isinstance(o, str))
-    changes: list[Change] = []
+    graph, changes = Timelines(view), []
     for number, found in sorted(related.items()):
-        graph = kg.graph_of(edges, map(str, found))
-        newest: dict[str, str | int] = {}
-        for other in sorted(found, key=lambda o: _recent(o, found[o], stored, drafts)):
-            # Which component it is: named by its least member.
-            newest[min(kg.reach(graph, [str(other)], len(graph)))] = other
-        for other in newest.values():
-            source = drafts[other].add if isinstance(other, int) else other
-            changes.append(Link(source, found[other], drafts[number].add))
-            edges.append((str(other), str(number)))
+        for part in graph.parts(map(str, found)):
+            newest = max(
+                (other for other in found if str(other) in part),
+                key=lambda other: _recent(other, found[other], stored, drafts),
+            )
+            source = drafts[newest].add if isinstance(newest, int) else newest
+            changes.append(Link(source, found[newest], drafts[number].add))
+            graph.add(str(newest), found[newest], str(number))
     return changes
 
 

@@ -2,8 +2,11 @@
 
 Keeps    turns as the thoughts' origin, not searched; of each head and relation one thought, a text
          with its tails. A turn that states no relation is a thought as it is.
-Form     a thought is an item with its triple and the hash buckets of its vector.
-Bytes    text + 4*d for the vector + 8 numbers of buckets per thought, text + statements per turn.
+Form     a thought is an item with its triple and its vector's buckets, on the shelf of its head.
+Bytes    text + 4*d for the vector + 8 numbers of buckets per thought, text + statements per turn. A
+         new turn is compared with the thoughts of its heads and the eight nearest of its buckets.
+         A question reads the buckets of all thoughts: those that are probed hold a third of them.
+         Deleting and correcting read all turns.
 Source   L. Liu et al., "Think-in-Memory: Recalling and Post-thinking Enable LLMs with Long-Term
          Memory", 2023.
 Departs  eight tables and three probed buckets, not one of each, which finds a sixth of what an
@@ -12,6 +15,7 @@ Departs  eight tables and three probed buckets, not one of each, which finds a s
 """
 
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from holdfast.longterm.store.view import View
 
 THOUGHT = "thought"
+NEAR = 8  # thoughts of its buckets that a new one is compared with, the nearest
 
 _STRING = {"type": "string"}
 _ANSWER = record(
@@ -122,8 +127,9 @@ class TiM(Policy):
         ]
 
     def link(self, view: "View", items: Sequence[Item]) -> list[Change]:
-        mind = _Mind(view, self._hash)
-        mind.insert([(turn, s) for turn in items for s in _said(turn)])
+        told = [(turn, s) for turn in items for s in _said(turn)]
+        mind = _Mind(view, self._hash, {_about(s) for _, s in told})
+        mind.insert(told)
         return mind.changes()
 
     def update(self, view: "View", item: Item, text: str) -> list[Change]:
@@ -157,7 +163,8 @@ class TiM(Policy):
         self, view: "View", said: Sequence[Statement], corrected: Item | None = None
     ) -> list[Change]:
         """The thoughts about some heads as all turns that there are now make them."""
-        mind, heads = _Mind(view, self._hash), {_about(s) for s in said}
+        heads = {_about(s) for s in said}
+        mind = _Mind(view, self._hash, heads)
         mind.empty(heads)
         if corrected is not None and not (said[0].head or said[-1].head):
             mind.rename(_key(said[0]), _key(said[-1]))
@@ -212,20 +219,23 @@ def _tables(dim: int, buckets: int, seed: int, tables: int) -> LSH:
 
 
 class _Mind:
-    """All thoughts, with what is being changed on top of them."""
+    """The thoughts about some heads, with what is being changed on top of them."""
 
-    def __init__(self, view: "View", hash_: Any):
+    def __init__(self, view: "View", hash_: Any, heads: Iterable[str]):
         self._view, self._hash, self._rules = view, hash_, Rules()
         self._thoughts: dict[Key, _Thought] = {}
         self._heads: dict[str, set[Key]] = {}
-        self._buckets: dict[tuple[str, int, int], set[Key]] = {}
-        for item in view.items(kind=THOUGHT):
-            parts = _parts(item)
-            key = _key(parts[0])
+        for head in sorted(heads):
+            for item in view.items(kind=THOUGHT, shelf=_shelf(head)):
+                self._take(item)
+
+    def _take(self, item: Item) -> Key:
+        parts = _parts(item)
+        key = _key(parts[0])
+        if key not in self._thoughts:
             self._thoughts[key] = _Thought(item, parts)
             self._heads.setdefault(key[0], set()).add(key)
-            for place in _places(item.data):
-                self._buckets.setdefault(place, set()).add(key)
+        return key
 
     def empty(self, heads: Iterable[str]) -> None:
         """Leave of the thoughts about some heads only what a user gave."""
@@ -263,7 +273,12 @@ class _Mind:
             return []
         relations = (new.relation, slots.OPPOSITE.get(new.relation))
         near = {other for other in self._heads[key[0]] if other[1] in relations}
-        near |= {other for place in _places(at) for other in self._buckets.get(place, ())}
+        places = _places(at)
+        near |= {
+            self._take(item)
+            for item, _ in self._view.nearest(new.text, NEAR, kinds=(THOUGHT,))
+            if places & _places(item.data)
+        }
         return [
             (self._thoughts[other], part)
             for other in sorted(near & self._thoughts.keys())
@@ -336,7 +351,8 @@ def _parts(thought: Item) -> list[Statement]:
 
 
 def _thought_data(parts: Sequence[Statement], at: Mapping[str, Any]) -> dict[str, Any]:
-    return {"parts": [asdict(part) for part in parts], **at}
+    shelf = _shelf(_about(parts[0]))
+    return {"parts": [asdict(part) for part in parts], **at, "shelf": shelf}
 
 
 def _about(statement: Statement) -> str:
@@ -348,8 +364,13 @@ def _key(statement: Statement) -> Key:
     return _about(statement), statement.relation, statement.negated
 
 
-def _places(data: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    return [(data["hash"], table, bucket) for table, bucket in enumerate(data["at"])]
+def _shelf(head: str) -> str:
+    # A head may be a whole text, and an index takes no long ones.
+    return hashlib.blake2b(head.encode(), digest_size=8).hexdigest()
+
+
+def _places(data: Mapping[str, Any]) -> set[tuple[str, int, int]]:
+    return {(data["hash"], table, bucket) for table, bucket in enumerate(data["at"])}
 
 
 def _struck(view: "View", thoughts: Sequence[Item]) -> list[Change]:

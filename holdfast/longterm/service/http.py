@@ -166,8 +166,8 @@ def router(memory: Memory) -> APIRouter:
         after: After = 0,
     ) -> dict[str, Any]:
         """A page of what held in the world at `valid`, as it was known at `recorded`."""
-        items = memory.as_of(valid, recorded, space=space)
-        return _page([item for item in items if item.position > after][:limit], limit)
+        items = memory.as_of(valid, recorded, limit=limit, after=after, space=space)
+        return _page(items, limit)
 
     @api.get("/graph", response_model=Graph)
     def graph(space: SpaceOf, limit: Limit = 100, after: After = 0) -> dict[str, Any]:

@@ -23,12 +23,8 @@ from holdfast.longterm.records import (
     text_hash,
 )
 from holdfast.longterm.retrieval.terms import stems
+from holdfast.longterm.store.rows import STATE, dumps, key_hash, logged, space_row, state
 from holdfast.longterm.store.sqlite import Transaction
-
-_STATE = (
-    "version, id, kind, text, speaker, session, position, data, metadata, valid_from, valid_to, "
-    "recorded_at, strength, uses, used_at, searchable"
-)
 
 
 @dataclass
@@ -138,7 +134,7 @@ class Applier:
 
     def _current(self, item: str, what: str) -> dict[str, Any]:
         rows = self.sql.rows(
-            f"SELECT {_STATE} FROM memory WHERE id = ? AND space = ? AND retired_at IS NULL",
+            f"SELECT {STATE} FROM memory WHERE id = ? AND space = ? AND retired_at IS NULL",
             (item, self.space_id),
         )
         if not rows:
@@ -207,12 +203,12 @@ class Applier:
         rows = self.sql.rows(
             "INSERT INTO memory (id, space, kind, text, speaker, session, position, data, "
             "metadata, valid_from, valid_to, recorded_at, strength, uses, used_at, text_hash, "
-            f"key_hash, searchable, terms) VALUES ({', '.join('?' * 19)}) RETURNING version",
+            f"key_hash, searchable, terms, shelf) VALUES ({', '.join('?' * 20)}) RETURNING version",
             (
                 new["id"], self.space_id, new["kind"], new["text"], new["speaker"], new["session"],
                 new["position"], dumps(new["data"]), dumps(new["metadata"]), first, last, self.now,
                 new["strength"], new["uses"], new["used_at"], text_hash(new["text"]), key,
-                new["searchable"], terms,
+                new["searchable"], terms, new["data"].get("shelf"),
             ),
         )  # fmt: skip
         self.done.versions.append(rows[0][0])
@@ -319,8 +315,8 @@ class Applier:
         if change.data is not None:
             before["data"], after["data"] = old["data"], dict(change.data)
             self.sql.run(
-                "UPDATE memory SET data = ? WHERE version = ?",
-                (dumps(change.data), old["version"]),
+                "UPDATE memory SET data = ?, shelf = ? WHERE version = ?",
+                (dumps(change.data), change.data.get("shelf"), old["version"]),
             )
         self.sql.run(
             "UPDATE memory SET strength = ?, uses = ?, used_at = ? WHERE version = ?",
@@ -346,6 +342,10 @@ class Applier:
         return change.id
 
     def _erase(self, item: str, why: str) -> None:
+        self._log("purge", item, None, self.wipe(item), why)
+
+    def wipe(self, item: str) -> dict[str, list]:
+        """Delete all rows of a memory and the texts in its log; returns what its tombstone says."""
         versions, places = [], []
         for version, *place in self.sql.rows(
             "SELECT version, kind, session, position FROM memory WHERE id = ? ORDER BY version",
@@ -366,55 +366,12 @@ class Applier:
         self.sql.run("DELETE FROM memory WHERE id = ?", (item,))
         self.sql.run("DELETE FROM source WHERE memory = ? OR origin = ?", (item, item))
         self._scrub(item)
-        # Whoever keeps an index learns from the tombstone what to forget; it holds no text.
-        self._log("purge", item, None, {"versions": versions, "places": places}, why)
         self.done.purged.append(item)
+        # Whoever keeps an index learns from the tombstone what to forget; it holds no text.
+        return {"versions": versions, "places": places}
 
     def _scrub(self, item: str) -> None:
         self.sql.run(
             "UPDATE event SET before = NULL, after = NULL, why = '' WHERE space = ? AND item = ?",
             (self.space_id, item),
         )
-
-
-def space_row(transaction: Transaction, space: Space, *, create: bool = True) -> tuple[int, int]:
-    """Number of a space and of its last event; (0, 0) for one that is not there."""
-    parts = (space.tenant, space.user, space.agent, space.run)
-    find = (
-        "SELECT id, seq FROM space WHERE tenant = ? AND user_id = ? AND agent_id = ? AND run_id = ?"
-    )
-    rows = transaction.rows(find, parts)
-    if not rows and create:
-        transaction.run(
-            "INSERT INTO space (tenant, user_id, agent_id, run_id) VALUES (?, ?, ?, ?)", parts
-        )
-        rows = transaction.rows(find, parts)
-    return rows[0] if rows else (0, 0)
-
-
-def dumps(value: Any) -> str:
-    """JSON that is the same for equal values."""
-    try:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"{value!r} cannot be stored ({error}); data and metadata hold what JSON can hold"
-        ) from None
-
-
-def key_hash(kind: str, text: str, key: str) -> bytes:
-    parts = "\x1f".join((kind, key)).encode()
-    return hashlib.blake2b(parts, key=text_hash(text), digest_size=16).digest()
-
-
-def state(row: Sequence[Any]) -> dict[str, Any]:
-    """A row of `_STATE` with its JSON read."""
-    names = [name.strip() for name in _STATE.split(",")]
-    found = dict(zip(names, row, strict=True))
-    found["data"], found["metadata"] = json.loads(found["data"]), json.loads(found["metadata"])
-    return found
-
-
-def logged(item: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a state that the log keeps: what a version says."""
-    return {k: v for k, v in item.items() if k not in ("version", "id", "recorded_at")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.errors import UsageError
 from holdfast.longterm.records import Add, Change, Link, Revise, Source
-from holdfast.longterm.store.apply import key_hash
+from holdfast.longterm.store.rows import key_hash
 from holdfast.longterm.store.sqlite import Transaction
 
 _VECTORS = ("embedding", "embedding_config", "name_embedding", "fact_embedding")

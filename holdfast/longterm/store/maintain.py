@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from holdfast.longterm.memory import Memory
 
 PAGE = 500  # ids that one pass of `verify` holds in RAM
-# What a version says, as the log and the row both hold it; an import moves positions.
+# What a version says, as the log and the row both hold it.
 _SAID = (
-    "kind", "text", "speaker", "session", "data", "metadata", "valid_from", "valid_to", "strength",
-    "uses", "used_at", "searchable",
+    "kind", "text", "speaker", "session", "position", "data", "metadata", "valid_from",
+    "valid_to", "strength", "uses", "used_at", "searchable",
 )  # fmt: skip
 _RELATED = ("src", "rel", "dst", "data", "valid_from", "valid_to")
 _JSON = ("data", "metadata")
@@ -47,6 +47,35 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.problems
+
+
+def stats(memory: "Memory") -> dict[str, Any]:
+    """Counts, bytes on disk and in RAM, and what the language model has cost so far."""
+    with memory.store.read() as transaction:
+        counts = {
+            name: transaction.rows(f"SELECT count(*) FROM {table}{where}")[0][0]
+            for name, table, where in (
+                ("memories", "memory", " WHERE retired_at IS NULL"),
+                ("versions", "memory", ""),
+                ("edges", "edge", " WHERE retired_at IS NULL"),
+                ("events", "event", ""),
+                ("spaces", "space", ""),
+            )
+        }
+    usage = memory.llm.usage if memory.llm is not None else None
+    return {
+        **counts,
+        "store": memory.store.url,
+        "bytes": {"store": memory.store.nbytes(), "index": memory.searcher.nbytes()},
+        "embedder": memory.embedder.id,
+        "policy": type(memory.policy).__name__,
+        "llm": None
+        if usage is None
+        else {
+            "calls": usage.calls, "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens, "cost": usage.cost,
+        },
+    }  # fmt: skip
 
 
 def spaces(

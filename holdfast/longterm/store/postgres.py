@@ -39,8 +39,10 @@ _TYPES = {
     "big": "BIGINT",
 }
 # Of other columns the planner keeps samples, in which a purged text would live on.
-_SAYING = {"memory": ("text", "terms", "data", "metadata"), "event": ("before", "after", "why"),
-           "edge": ("rel", "data")}  # fmt: skip
+_SAYING = {
+    "memory": ("text", "terms", "data", "metadata", "shelf"),
+    "event": ("before", "after", "why"), "edge": ("rel", "data"),
+}  # fmt: skip
 _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 # Each statement sees what was committed before it; as writers take turns that is what the
 # transaction itself made, and there is no snapshot that could turn out to be too old.

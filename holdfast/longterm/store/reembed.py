@@ -16,8 +16,9 @@ from holdfast.errors import HoldfastError
 from holdfast.longterm.records import document
 from holdfast.longterm.retrieval.embed import AFTER, BEFORE, Embedder
 from holdfast.longterm.retrieval.search import Searcher
-from holdfast.longterm.store.apply import Applied, dumps
+from holdfast.longterm.store.apply import Applied
 from holdfast.longterm.store.maintain import Tell
+from holdfast.longterm.store.rows import dumps
 from holdfast.longterm.store.schema import OWN, TOKENS, WINDOW
 from holdfast.longterm.store.sqlite import Transaction
 from holdfast.longterm.work import ATTEMPTS, Pending, Work

@@ -54,6 +54,12 @@ MIGRATIONS: list[str] = [
         PRIMARY KEY (version, model, part)
     );
     """,
+    # `shelf` repeats `data["shelf"]`, so that a policy finds what it has put there.
+    """
+    ALTER TABLE memory ADD COLUMN shelf TEXT;
+    CREATE INDEX memory_shelf ON memory (space, kind, shelf, position)
+        WHERE shelf IS NOT NULL AND retired_at IS NULL;
+    """,
 ]
 
 # Parts of an embedding: of the text itself, of the turns around it, and the signs of its tokens.

@@ -2,6 +2,10 @@
 
 The first line says what the file is, the last one how much there should be. Vectors are left out:
 the importing memory makes its own.
+
+A space takes in a file whose log goes on where its own ends, or an empty one any file; of a file
+whose log ends before its own it needs nothing. Two copies that have both gone on are two
+histories: they are never mixed, the file is refused.
 """
 
 import contextlib
@@ -9,24 +13,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import UsageError, unknown
-from holdfast.longterm.records import Purge, Space, document, text_hash
+from holdfast.longterm.records import Space, document, moment, text_hash
 from holdfast.longterm.retrieval.terms import stems
 from holdfast.longterm.store import foreign, importers
-from holdfast.longterm.store.apply import Applier, dumps, key_hash, space_row
+from holdfast.longterm.store.apply import Applier
+from holdfast.longterm.store.rows import dumps, key_hash, space_row
 from holdfast.longterm.store.sqlite import Transaction
 
 if TYPE_CHECKING:
     from holdfast.longterm.memory import Memory
 
-VERSION = 1
+VERSION = 2
 _MEMORY = (
     "id", "kind", "text", "speaker", "session", "position", "data", "metadata", "valid_from",
     "valid_to", "recorded_at", "retired_at", "strength", "uses", "used_at", "searchable",
+    "key_hash",
 )  # fmt: skip
 _EDGE = (
     "id", "src", "rel", "dst", "data", "valid_from", "valid_to", "recorded_at", "retired_at",
@@ -73,6 +79,10 @@ def _lines(transaction: Transaction, space: Space) -> Iterator[dict[str, Any]]:
             line: dict[str, Any] = {"type": kind}
             for name, value in zip(names, row, strict=True):
                 line[name] = json.loads(value) if name in _JSON and value is not None else value
+            if kind == "memory":
+                line["key_hash"] = line["key_hash"].hex()
+            if line.get("op") == "purge":
+                line["after"] = None  # the numbers of versions are this store's own
             yield line
 
 
@@ -97,10 +107,11 @@ _TABLES = {
 
 
 def import_(memory: "Memory", file: Path, format: str, space: Space) -> dict[str, int]:
-    """Read an export into a space; what is there already is left alone.
+    """Read an export into a space, whole or not at all; what is there already is left alone.
 
     Raises:
-        UsageError: an unknown format, or a file that is not in it, is cut short or was changed.
+        UsageError: an unknown format, a file that is not in it, is cut short or was changed, or
+            one that neither goes on from what is there nor is a part of it.
     """
     if format == "holdfast":
         lines = _read(file)
@@ -147,49 +158,38 @@ def _insert(applier: Applier, lines: list[dict[str, Any]], space: Space) -> dict
     rows = lines[1:-1]
     if lines[0]["space"] != str(space):
         rows = [_renamed(row, space) for row in rows]
-    sql, space_id = applier.sql, applier.space_id
     counts = dict.fromkeys(_TABLES, 0)
-    erased = {
-        item
-        for (item,) in sql.rows(
-            "SELECT item FROM event WHERE space = ? AND op = 'purge'", (space_id,)
-        )
-    }
-    known = {
-        (item, op, time, after or "")
-        for item, op, time, after in sql.rows(
-            "SELECT item, op, time, after FROM event WHERE space = ?", (space_id,)
-        )
-    }
-    told = {
-        (row["item"], row["op"], row["time"], dumps(row["after"]) if row["after"] else "")
-        for row in rows
-        if row["type"] == "event"
-    }
-    # A copy that only lags behind keeps the order of what it copies; else what comes in is newer.
-    shift = 0 if known <= told else applier.seq
+    told = [row for row in rows if row["type"] == "event"]
+    known = _common(applier, told, space)
+    if known == len(told):
+        return counts
+    sql, space_id = applier.sql, applier.space_id
+    # Of each memory the versions that are here are the first of those in the file.
+    here: dict[str, list[tuple]] = {}
+    for item, *version in sql.rows(
+        "SELECT id, version, retired_at FROM memory WHERE space = ? "
+        "ORDER BY recorded_at DESC, version DESC",
+        (space_id,),
+    ):
+        here.setdefault(item, []).append(tuple(version))
     for row in rows:
         kind = row["type"]
-        # An old export must not bring back what was erased here.
-        if erased & {row.get(name) for name in ("id", "item", "memory", "origin", "src", "dst")}:
-            continue
         values = {
             name: dumps(value) if name in _JSON and value is not None else value
             for name, value in row.items()
             if name != "type"
         }
         if kind == "memory":
-            counts[kind] += _version(applier, values, shift)
-        elif kind == "event":
-            if row["op"] == "purge" and applier.is_known(row["item"]):
-                applier.apply([Purge(row["item"], row["why"])])  # erased there, and so here
+            if same := here.get(row["id"]):
+                _update(applier, values, *same.pop())
+            else:
+                _version(applier, values)
                 counts[kind] += 1
-                continue
-            if (values["item"], values["op"], values["time"], values["after"] or "") in known:
-                continue
-            applier.seq += 1
-            values["seq"] = applier.seq
-            _put(sql, "event", {**values, "space": space_id})
+        elif kind == "event" and row["seq"] > known:
+            if row["op"] == "purge":
+                gone = row["item"] in here
+                values["after"] = dumps(applier.wipe(row["item"]) if gone else _NOTHING)
+            _put(sql, kind, {**values, "space": space_id})
             counts[kind] += 1
         elif kind == "edge":
             counts[kind] += _put(sql, kind, {**values, "space": space_id})
@@ -198,71 +198,104 @@ def _insert(applier: Applier, lines: list[dict[str, Any]], space: Space) -> dict
                     "UPDATE edge SET retired_at = ? WHERE id = ? AND retired_at IS NULL",
                     (values["retired_at"], values["id"]),
                 )
-        elif not sql.rows(
+        elif kind == "source" and not sql.rows(
             "SELECT 1 FROM source WHERE memory = ? AND origin = ? "
-            "AND coalesce(start_byte, -1) = coalesce(?, -1)",
-            (values["memory"], values["origin"], values["start_byte"]),
+            "AND coalesce(start_byte, -1) = coalesce(?, -1) "
+            "AND coalesce(end_byte, -1) = coalesce(?, -1)",
+            [values[name] for name in _SOURCE],
         ):
             counts[kind] += _put(sql, kind, values)
+    applier.seq = len(told)
     return counts
 
 
-def _version(applier: Applier, values: dict[str, Any], shift: int) -> int:
-    """Insert one version of a memory, unless it is there; 1 if it was inserted."""
-    sql = applier.sql
-    same = sql.rows(
-        "SELECT version, uses, retired_at FROM memory "
-        "WHERE id = ? AND recorded_at = ? AND text_hash = ?",
-        (values["id"], values["recorded_at"], text_hash(values["text"])),
+_NOTHING: dict[str, list] = {"versions": [], "places": []}
+
+
+def _common(applier: Applier, told: list[dict[str, Any]], space: Space) -> int:
+    """How many events a space and a file share, which is all that one of them has.
+
+    Raises:
+        UsageError: both have others besides.
+    """
+    names = ("time", "op", "item", "before", "after")
+    here = [
+        dict(zip(names, row, strict=True))
+        for row in applier.sql.rows(
+            f"SELECT {', '.join(names)} FROM event WHERE space = ? ORDER BY seq",
+            (applier.space_id,),
+        )
+    ]
+    for number, (own, other) in enumerate(zip(here, told, strict=False), 1):
+        if not _same(own, other):
+            own_at, other_at = (
+                f"{e['op']} of {e['item']} at {moment(e['time'])}" for e in (own, other)
+            )
+            raise UsageError(
+                f"space {str(space)!r} and the file have gone different ways: of {len(here)} and "
+                f"{len(told)} changes the first {number - 1} are the same, then here came the "
+                f"{own_at}, in the file the {other_at}. Import it into a space of its own, e.g. "
+                'space="copy" (--user copy); nothing was changed'
+            )
+    return min(len(here), len(told))
+
+
+def _same(own: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two entries are of one change; of what was purged since there is no text any more."""
+    if any(own[name] != other[name] for name in ("time", "op", "item")):
+        return False
+    return own["op"] == "purge" or all(
+        own[name] is None or other[name] is None or own[name] == dumps(other[name])
+        for name in ("before", "after")
     )
-    if same:
-        version, uses, retired = same[0]
-        if retired is None and values["retired_at"] is not None:
-            sql.run(
-                "UPDATE memory SET retired_at = ? WHERE version = ?",
-                (values["retired_at"], version),
-            )
-        if values["uses"] > uses:
-            sql.run(
-                "UPDATE memory SET uses = ?, used_at = ?, strength = ?, data = ? WHERE version = ?",
-                (values["uses"], values["used_at"], values["strength"], values["data"], version),
-            )
-        return 0
-    current = sql.rows(
-        "SELECT version, recorded_at FROM memory WHERE id = ? AND retired_at IS NULL",
-        (values["id"],),
-    )
-    if current and values["retired_at"] is None:
-        # Two copies went different ways: the later belief is the current one, both are kept.
-        version, recorded = current[0]
-        if recorded > values["recorded_at"]:
-            values["retired_at"] = recorded
-        else:
-            sql.run(
-                "UPDATE memory SET retired_at = ? WHERE version = ?",
-                (values["recorded_at"], version),
-            )
+
+
+def _update(
+    applier: Applier, values: Mapping[str, Any], version: int, retired_at: int | None
+) -> None:
+    """Bring a version of a memory that is here up to date."""
+    applier.sql.run(
+        "UPDATE memory SET retired_at = ?, uses = ?, used_at = ?, strength = ?, data = ?, "
+        "shelf = ? WHERE version = ?",
+        (
+            values["retired_at"], values["uses"], values["used_at"], values["strength"],
+            values["data"], json.loads(values["data"]).get("shelf"), version,
+        ),
+    )  # fmt: skip
+    if retired_at is None and values["retired_at"] is not None:
+        _moved(applier, values)
+
+
+def _version(applier: Applier, values: dict[str, Any]) -> None:
+    """Insert a version of a memory."""
     key = "\x1f".join((values["speaker"] or "", values["session"] or "", ""))
-    places = sql.rows("SELECT position FROM memory WHERE id = ? LIMIT 1", (values["id"],))
+    given = values.get("key_hash")  # which the first version of the format left out
     values = {
         **values,
         "space": applier.space_id,
-        "position": places[0][0] if places else values["position"] + shift,
         "text_hash": text_hash(values["text"]),
-        "key_hash": key_hash(values["kind"], values["text"], key),
+        "key_hash": bytes.fromhex(given)
+        if given
+        else key_hash(values["kind"], values["text"], key),
+        "shelf": json.loads(values["data"]).get("shelf"),
     }
     if values["searchable"]:
         values["terms"] = " ".join(stems(document(values["speaker"], values["text"])))
     names = ", ".join(values)
-    rows = sql.rows(
+    rows = applier.sql.rows(
         f"INSERT INTO memory ({names}) VALUES ({', '.join('?' * len(values))}) RETURNING version",
         list(values.values()),
     )
     if values["searchable"]:
         applier.done.versions.append(rows[0][0])
-        if values["session"] is not None and values["retired_at"] is None:
-            applier.done.moved.append((values["kind"], values["session"], values["position"]))
-    return 1
+    if values["retired_at"] is None:
+        _moved(applier, values)
+
+
+def _moved(applier: Applier, values: Mapping[str, Any]) -> None:
+    """Note that the turns beside a memory read differently now."""
+    if values["searchable"] and values["session"] is not None:
+        applier.done.moved.append((values["kind"], values["session"], values["position"]))
 
 
 def _put(sql: Transaction, table: str, values: dict[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """A consistent reading of one space: all that a policy sees before it decides."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -72,6 +72,7 @@ class View:
         *,
         kind: str | None = None,
         session: str | None = None,
+        shelf: str | None = None,
         newest: bool = False,
         limit: int | None = None,
         after: int = 0,
@@ -79,33 +80,60 @@ class View:
         """Current memories in the order in which they came in, or newest first.
 
         Args:
+            shelf: only those whose `data["shelf"]` is this; give their kind too.
             after: leaves out positions up to this one, for paging; with `newest`, positions from
                 this one on, where it is not 0.
         """
-        where, args = ["retired_at IS NULL"], []
-        for name, value in (("kind", kind), ("session", session)):
+        among = {"kind": kind, "session": session, "shelf": shelf}
+        return self._page("retired_at IS NULL", [], among, newest=newest, limit=limit, after=after)
+
+    def as_of(
+        self,
+        valid: datetime | None,
+        recorded: datetime | None,
+        *,
+        kind: str | None = None,
+        session: str | None = None,
+        newest: bool = False,
+        limit: int | None = None,
+        after: int = 0,
+    ) -> list[Item]:
+        """What held in the world at `valid`, as this space knew it at `recorded`; None is now.
+
+        The other arguments are those of `items`.
+        """
+        seen = micros(recorded or self.now, "recorded")
+        holds = micros(valid or recorded or self.now, "valid")
+        return self._page(
+            "recorded_at <= ? AND (retired_at IS NULL OR retired_at > ?) "
+            "AND (valid_from IS NULL OR valid_from <= ?) AND (valid_to IS NULL OR valid_to > ?)",
+            [seen, seen, holds, holds],
+            {"kind": kind, "session": session},
+            newest=newest, limit=limit, after=after,
+        )  # fmt: skip
+
+    def _page(
+        self,
+        where: str,
+        args: list[Any],
+        among: Mapping[str, str | None],
+        *,
+        newest: bool,
+        limit: int | None,
+        after: int,
+    ) -> list[Item]:
+        for name, value in among.items():
             if value is not None:
-                where.append(f"{name} = ?")
+                where += f" AND {name} = ?"
                 args.append(value)
         if after:
-            where.append("position < ?" if newest else "position > ?")
+            where += f" AND position {'<' if newest else '>'} ?"
             args.append(after)
         tail = f"ORDER BY position {'DESC' if newest else 'ASC'}"
         if limit is not None:
             tail += " LIMIT ?"
             args.append(limit)
-        return self._items(" AND ".join(where), args, tail)
-
-    def as_of(self, valid: datetime | None, recorded: datetime | None) -> list[Item]:
-        """What held in the world at `valid`, as this space knew it at `recorded`; None is now."""
-        seen = micros(recorded or self.now, "recorded")
-        holds = micros(valid or recorded or self.now, "valid")
-        return self._items(
-            "recorded_at <= ? AND (retired_at IS NULL OR retired_at > ?) "
-            "AND (valid_from IS NULL OR valid_from <= ?) AND (valid_to IS NULL OR valid_to > ?)",
-            [seen, seen, holds, holds],
-            "ORDER BY position",
-        )
+        return self._items(where, args, tail)
 
     def versions(self, item: str) -> list[Item]:
         """All versions of a memory, oldest first."""
@@ -150,6 +178,17 @@ class View:
                 args.append(value)
         return self._edges(" AND ".join(where), args)
 
+    def edges_of(self, items: Collection[str]) -> list[Edge]:
+        """Current edges from or to any of some memories, in the order of their recording."""
+        found: dict[str, Edge] = {}
+        wanted = list(items)
+        for start in range(0, len(wanted), _MANY):
+            some = wanted[start : start + _MANY]
+            for end in ("src", "dst"):
+                where = f"{end} IN ({', '.join('?' * len(some))}) AND retired_at IS NULL"
+                found.update((edge.id, edge) for edge in self._edges(where, some))
+        return sorted(found.values(), key=lambda edge: (edge.recorded_at, edge.id))
+
     def _edges(self, where: str, args: Sequence[Any]) -> list[Edge]:
         rows = self._sql.rows(
             f"SELECT {_EDGE} FROM edge WHERE space = ? AND {where} ORDER BY recorded_at, id",
@@ -186,6 +225,16 @@ class View:
             ):
                 found[origin].append(memory)
         return {item: tuple(made) for item, made in found.items()}
+
+    def made_of(self, item: str) -> list[str]:
+        """All that was made from a memory, directly or not: what a purge takes along."""
+        found: dict[str, None] = {}
+        open_ = [item]
+        while open_:
+            made = self.derived(open_).values()
+            open_ = list(dict.fromkeys(one for some in made for one in some if one not in found))
+            found.update(dict.fromkeys(open_))
+        return list(found)
 
     def events(self, item: str | None = None, *, after: int = 0, limit: int | None = None):
         """The log, of one memory or of the space, oldest first."""
@@ -270,6 +319,20 @@ class View:
         """Hits of items with their scores and what these are made of."""
         sources = self.sources([item.id for item, _, _ in scored])
         return [hit_of(item, score, terms, sources[item.id]) for item, score, terms in scored]
+
+    def with_neighbours(self, hits: Sequence[Hit], reach: int) -> list[Hit]:
+        """Hits, and behind them what stands up to `reach` places from them in their sessions."""
+        known = {hit.id for hit in hits}
+        near = {
+            item.id: item
+            for hit in hits
+            if hit.session is not None
+            for newest in (True, False)
+            for item in self.items(
+                session=hit.session, kind=hit.kind, limit=reach, after=hit.position, newest=newest
+            )
+        }
+        return [*hits, *self.hits([(item, 0.0, {}) for i, item in near.items() if i not in known])]
 
     def vector(self, item: str) -> np.ndarray | None:
         """The stored vector of a memory's own text, f32[dim]; None if it is not searched."""

@@ -22,14 +22,14 @@ def made(llm=None, space=None, **options):
 
 
 def tiers(memory):
-    return {n.text: n.data["tier"] for n in memory.get_all(kind=NOTE, limit=1000)}
+    return {n.text: n.data["shelf"] for n in memory.get_all(kind=NOTE, limit=1000)}
 
 
 def test_a_note_is_in_one_tier_and_rises_with_its_third_use():
     with made() as memory:
         memory.add([{"speaker": "Ann", "content": "I love jazz."}], session="s")
         (note,) = memory.get_all(kind=NOTE)
-        assert (note.data["tier"], note.data["sort"]) == (WORKING, "user")
+        assert (note.data["shelf"], note.data["sort"]) == (WORKING, "user")
         for _ in range(4):  # uses in the dialogue count, but do not make it rise
             memory.search("jazz", limit=1)
         assert tiers(memory) == {"Ann loves jazz": WORKING}
@@ -60,6 +60,37 @@ def test_what_is_least_recently_used_goes_to_the_archive():
         }  # fmt: skip
         assert not any("chess" in hit.text for hit in memory.search("chess"))
         assert memory.search("jazz", limit=1)[0].text == "Ann loves jazz"
+
+
+def test_what_a_call_reads_does_not_grow_with_the_archive(fetched):
+    counts = []
+    with made(capacity=20, summary=1) as memory:
+        for first, end in ((0, 200), (200, 2000)):
+            for at in range(first, end, 100):
+                lines = [f"I like item{number}." for number in range(at, at + 100)]
+                memory.add([{"speaker": "Ann", "content": line} for line in lines], session=str(at))
+                memory.summarise(str(at))
+                for _ in range(3 * (at == 0)):
+                    memory.search("item99", limit=1)
+            assert memory.search("item99", limit=1)[0].text == "Ann likes item99"
+
+            def add(number=end):
+                memory.add(
+                    {"speaker": "Ann", "content": f"I saw item{number}."}, session=f"x{number}"
+                )
+
+            counts.append(
+                (
+                    fetched.of(lambda: memory.search("who likes item99?", limit=5)),
+                    fetched.of(add),
+                    fetched.of(lambda number=end: memory.summarise(f"x{number}")),
+                )
+            )
+        held = [note.data["shelf"] for note in memory.get_all(kind=NOTE, limit=5000)]
+    assert {tier: held.count(tier) for tier in (SHORT, LONG, ARCHIVE)} == {
+        SHORT: 20, LONG: 1, ARCHIVE: len(held) - 21,
+    }  # fmt: skip
+    assert len(held) > 2000 and counts[0] == counts[1] and max(counts[0]) < 150, counts
 
 
 def test_words_are_found_in_spite_of_slips():

@@ -1,5 +1,6 @@
 import itertools
 import random
+import shutil
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -9,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holdfast.checks.core._faults import PowerCut, failing
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.language.questions import readings
@@ -216,6 +218,52 @@ def test_rules_read_statements_and_answer(store):
         assert set(run.answers) == answers, question
         assert answers or run.text == NOTHING
     assert readings("Why not?") == []
+
+
+@pytest.mark.parametrize("deed", ["state", "purge"])
+def test_a_failure_at_any_statement_leaves_before_or_after(tmp_path, deed):
+    """A text and its facts come together, and go together with the names that nothing else has."""
+
+    def opened(path):
+        return Controller(None, Memory(path, embedder=Hash(32), clock=lambda: START))
+
+    def act(controller):
+        if deed == "state":
+            return controller.run("Ann works at Globex. Ben knows Ann.")
+        (text,) = controller.memory.memory.get_all(kind="turn")
+        return controller.memory.purge(text.id)
+
+    def held(controller):
+        with controller.memory.memory as memory, memory.reading() as view:
+            return {(i.kind, i.text) for i in view.items()}, len(view.edges())
+
+    start, path = tmp_path / "start.db", tmp_path / "failed.db"
+    with opened(start).memory.memory as memory:
+        Controller(None, memory).run("Ann works at Acme.")
+    shutil.copy(start, path)
+    with opened(path).memory.memory as memory:
+        act(Controller(None, memory))
+    before, after = held(opened(start)), held(opened(path))
+    assert before != after
+    seen = set()
+    with failing() as fault:
+        for number in itertools.count():
+            shutil.copy(start, path)
+            controller = opened(path)
+            fault.left = number
+            try:
+                act(controller)
+                done = True
+            except PowerCut:
+                done = False
+            fault.left = None
+            controller.memory.memory.close()
+            state = held(opened(path))
+            assert state in (before, after) and (state == after or not done)
+            seen.add(state == after)
+            if done:
+                break
+    assert seen == {True, False} and number > 10
 
 
 def test_purging_a_text_takes_its_triplets_along(store):

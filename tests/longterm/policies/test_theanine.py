@@ -10,10 +10,11 @@ from holdfast.longterm.evaluation import teafarm
 from holdfast.longterm.language.judgement import RELATIONS
 from holdfast.longterm.language.llm import Scripted
 from holdfast.longterm.memory import Memory
-from holdfast.longterm.policies.theanine import EVENT, PATHS, Theanine, _Timelines
-from holdfast.longterm.records import Link
+from holdfast.longterm.policies.theanine import EVENT, TOLD, Theanine
+from holdfast.longterm.records import Add, Link
 from holdfast.longterm.retrieval import kg
 from holdfast.longterm.retrieval.embed import Hash
+from holdfast.longterm.timelines import PATHS, Timelines
 from tests.longterm.conftest import START, Clock
 
 
@@ -94,7 +95,7 @@ def test_edges_go_forward_and_one_leads_into_each_component(seed):
             if edge.src in when and edge.dst in when:
                 assert when[edge.src] <= when[edge.dst]
         with memory.reading() as view:
-            graph = _Timelines(view)
+            graph = Timelines(view)
             for item in memory.get_all(kind=EVENT):
                 graph.before(item.id)  # raises on a cycle
 
@@ -152,7 +153,7 @@ def test_ways_are_capped():
                 )
             )
         with memory.reading() as view:
-            ways = _Timelines(view).through(layers[6][0].id)
+            ways = Timelines(view).through(layers[6][0].id)
         assert len(ways) == PATHS and all(len(way) == 12 for way in ways)
 
 
@@ -177,6 +178,58 @@ def test_what_was_not_summarised_is_found_and_nothing_is_told_twice():
         moved(memory)
         length = memory.stats()["events"]
         memory.summarise("1")
+        assert memory.stats()["events"] == length
+
+
+def test_what_a_call_reads_does_not_grow_with_other_timelines(fetched):
+    def live(view, numbers):
+        """Timelines of four events, as the ends of four sessions leave them."""
+        changes = []
+        for n in numbers:
+            said = f"thing {n} was seen at place {n}"
+            told = {"data": {"told": TOLD}, "session": f"of {n}"}
+            line = [Add(f"{said}.{i}", EVENT, session=f"of {n}.{i}") for i in range(4)]
+            links = [Link(one, "Cause", two) for one, two in itertools.pairwise(line)]
+            changes += [Add(said, "turn", searchable=False, **told), *line, *links]
+        return changes
+
+    reads = []
+    with made() as memory:
+        moved(memory)
+        for first, end, place in ((0, 50, "Rome"), (50, 500, "Lima")):
+            memory.transact(lambda view, a=first, b=end: live(view, range(a, b)))
+            when = START + timedelta(days=10 + end)
+            memory.add(
+                {"speaker": "Ann", "content": f"I moved to {place}."}, session=place, when=when
+            )
+            reads.append(
+                (
+                    fetched.of(lambda name=place: memory.summarise(name)),
+                    fetched.of(lambda: memory.context("Where does Ann live?", 100)),
+                )
+            )
+            assert f"Ann moved to {place}" in memory.context("Where does Ann live?", 100).text
+        memory.summarise()  # looks at all turns, once
+        assert fetched.of(memory.summarise) < 150
+    # The summaries and questions read one event more: where she moved the first time.
+    assert all(after <= before + 12 < 400 for before, after in zip(*reads, strict=True)), reads
+
+
+def test_the_end_of_all_sessions_tells_what_single_ends_left():
+    with made() as memory:
+        for name, thing in (("a", "tea"), ("b", "jazz"), ("c", "chess")):
+            memory.add({"speaker": "Ann", "content": f"I like {thing}."}, session=name)
+        memory.summarise("b")
+        assert set(by_text(memory)) == {"Ann likes jazz"}
+        memory.add({"speaker": "Ann", "content": "I like maps."}, session="b")
+        memory.summarise()
+        assert set(by_text(memory)) == {f"Ann likes {t}" for t in ("tea", "jazz", "chess", "maps")}
+        memory.add({"speaker": "Ann", "content": "I like soup."}, session="a")
+        memory.summarise("a")
+        assert "Ann likes soup" in by_text(memory)
+        memory.summarise()  # notes that all is told
+        length = memory.stats()["events"]
+        memory.summarise()
         assert memory.stats()["events"] == length
 
 

@@ -64,6 +64,22 @@ def test_what_contradicts_is_forgotten_but_stays_in_the_history():
         assert "Acme" not in memory.context("Where does Ann work?", 100).text
 
 
+def test_a_new_turn_is_compared_with_few_however_many_there_are(fetched):
+    reads = []
+    with made() as memory:
+        memory.add("Ann: I work at Acme.")
+        for first, end, firm in ((0, 200, "Globex"), (200, 2000, "Initech")):
+            for at in range(first, end, 200):
+                memory.add([f"Gate {number}, half past nine!" for number in range(at, at + 200)])
+            memory.add("Ann: I love chess.")
+            reads.append(fetched.of(lambda firm=firm: memory.add(f"Ann: I work at {firm}.")))
+            found = [t.text for t in memory.get_all(kind=THOUGHT, limit=5000)]
+            assert len(found) == end + 2
+            assert {"Ann loves chess", f"Ann works at {firm}"} < set(found)
+    # One turn more has told where she works.
+    assert reads[0] <= reads[1] <= reads[0] + 1 < 150, reads
+
+
 def test_what_was_said_earlier_does_not_overturn_what_came_later():
     with made() as memory:
         memory.add("Ann: I work at Globex.", when=DAY + timedelta(days=9))

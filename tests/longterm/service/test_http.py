@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from typing import get_args, get_type_hints
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from holdfast.longterm.budget import Context
 from holdfast.longterm.language.shapes import LLMError
 from holdfast.longterm.memory import Memory
-from holdfast.longterm.records import Link
+from holdfast.longterm.records import Edge, Event, Hit, Item, Link
 from holdfast.longterm.retrieval.embed import Hash
 from holdfast.longterm.service.http import create_app
+from holdfast.longterm.service.http_models import Found, Happened, Packed, Related, Stored
 from holdfast.serve.gate import Rates
 
 
@@ -70,6 +73,31 @@ def test_a_memory_from_its_first_day_to_its_last(client):
     events = ask(client, "GET", f"/memories/{id}/history", user="ann")["events"]
     assert events[-1]["op"] == "purge" and "Ann" not in json.dumps(events)
     ask(client, "POST", f"/memories/{id}/purge", 404, user="ann")
+
+
+@pytest.mark.parametrize(
+    ("model", "record", "own"),
+    [
+        (Stored, Item, {"version"}), (Found, Hit, set()), (Happened, Event, set()),
+        (Related, Edge, set()), (Packed, Context, set()),
+    ],
+)  # fmt: skip
+def test_what_is_sent_is_what_the_records_hold(model, record, own):
+    """The API promises its fields by name; a record that gains one has to decide about it."""
+    sent = {name: type(None) in get_args(f.annotation) for name, f in model.model_fields.items()}
+    kept = {name: type(None) in get_args(kind) for name, kind in get_type_hints(record).items()}
+    assert list(sent.items()) == [one for one in kept.items() if one[0] not in own]
+
+
+def test_a_page_of_the_past_is_all_that_is_read(client, memory, fetched):
+    memory.add([f"fact {number}" for number in range(300)], user_id="ann")
+
+    def page():
+        got = ask(client, "GET", "/as-of", user="ann", limit=5, after=100)
+        assert [m["text"] for m in got["memories"]] == [f"fact {n}" for n in range(100, 105)]
+        assert got["next"] == 105
+
+    assert fetched.of(page) < 20
 
 
 def test_conversations_pages_and_the_graph(client, memory):

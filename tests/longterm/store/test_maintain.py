@@ -62,8 +62,8 @@ def test_a_sound_memory_has_no_problems_even_after_an_import(memory, tmp_path):
     assert verify(memory).ok
     fill(memory)
     memory.export(tmp_path / "ann", user_id="ann")
-    memory.add("something first", user_id="eve")
     memory.import_(tmp_path / "ann", user_id="eve")
+    memory.add("something more", user_id="eve")
     report = verify(memory)
     assert report.problems == ()
     assert (report.memories, report.edges) == (memory.stats()["memories"], 2)

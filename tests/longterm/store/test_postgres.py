@@ -14,12 +14,12 @@ from psycopg import errors
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.longterm import Memory
-from holdfast.longterm.records import Purge
+from holdfast.longterm.records import Add, Purge
 from holdfast.longterm.retrieval.embed import Hash
 from holdfast.longterm.retrieval.index import Exact
 from holdfast.longterm.retrieval.pgvector_index import PgVector, own_vectors
 from holdfast.longterm.retrieval.vectors import unit
-from holdfast.longterm.store import sqlite
+from holdfast.longterm.store import postgres, sqlite
 from holdfast.longterm.store.postgres import PostgresStore
 from holdfast.longterm.store.postgres_session import Sql, numbered
 from holdfast.longterm.store.sqlite import open_store
@@ -249,6 +249,17 @@ def test_an_older_schema_is_upgraded_and_its_copy_is_a_memory(url, monkeypatch):
     with make(f"{url}_{len(old)}_backup") as memory:
         assert memory.search("tea")[0].text == "Ann likes tea."
         assert memory.get(memory.add("Ben likes milk.", space="ben")[0], space="ben").version == 2
+
+
+def test_a_memory_of_the_first_schema_is_upgraded(url, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:1])
+        older.setattr(postgres, "_SAYING", {"memory": ("text",)})
+        PostgresStore(url).close()
+    with make(url) as memory:
+        memory.transact(lambda view: [Add("new", data={"shelf": "s"})])
+        with memory.reading() as view:
+            assert [item.text for item in view.items(kind="fact", shelf="s")] == ["new"]
 
 
 def test_both_engines_write_the_same_export(tmp_path, url):

@@ -8,6 +8,7 @@ import pytest
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.longterm.memory import Memory
+from holdfast.longterm.records import Add
 from holdfast.longterm.retrieval.embed import Hash
 from holdfast.longterm.store import schema, sqlite
 from holdfast.longterm.store.sqlite import SqliteStore, open_store
@@ -122,6 +123,27 @@ def test_an_older_file_is_upgraded_after_a_backup(tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite, "MIGRATIONS", schema.MIGRATIONS[:-1])
     with Memory(backup, embedder=Hash(32)) as memory:
         assert [hit.text for hit in memory.search("tea")] == ["Ann likes tea."]
+
+
+def test_a_file_of_the_first_schema_is_upgraded(tmp_path, monkeypatch):
+    path = tmp_path / "m.db"
+    monkeypatch.setattr(sqlite, "MIGRATIONS", schema.MIGRATIONS[:1])
+    with SqliteStore(path).write() as transaction:
+        transaction.run(
+            "INSERT INTO space (tenant, user_id, agent_id, run_id) VALUES ('','','','')"
+        )
+        transaction.run(
+            "INSERT INTO memory (id, space, kind, text, position, data, metadata, recorded_at, "
+            "text_hash, key_hash) VALUES (?, 1, 'fact', 'old', 1, '{}', '{}', 1, ?, ?)",
+            ("m" + 20 * "0", b"", b""),
+        )
+    monkeypatch.setattr(sqlite, "MIGRATIONS", schema.MIGRATIONS)
+    with Memory(path, embedder=Hash(32)) as memory:
+        memory.transact(lambda view: [Add("new", data={"shelf": "s"})])
+        with memory.reading() as view:
+            assert [item.text for item in view.items()] == ["old", "new"]
+            assert [item.text for item in view.items(kind="fact", shelf="s")] == ["new"]
+    assert (tmp_path / "m.db.schema1.backup").exists()
 
 
 def test_a_migration_that_fails_leaves_the_old_schema(tmp_path, monkeypatch):
