@@ -50,11 +50,14 @@ class Shelf:
 def shelve(conversation: Conversation, encoded: Encoded, dim: int) -> Shelf:
     together, alone = Corpus("minilm", dim), Corpus("minilm", dim)
     docs = [
-        Doc(n, n, turn.session, "turn", turn.speaker, turn.line, own, window)
+        Doc(
+            n, n, turn.session, "turn", turn.speaker, turn.line, own, window,
+            when=int(1e6 * turn.when.timestamp()),
+        )
         for n, (turn, own, window) in enumerate(
             zip(conversation.turns, encoded.own, encoded.window, strict=True)
         )
-    ]
+    ]  # fmt: skip
     together.add(docs)
     alone.add([replace(doc, session=None) for doc in docs])
     return Shelf(conversation, encoded, together, alone)

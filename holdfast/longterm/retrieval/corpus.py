@@ -3,36 +3,36 @@
 Keeps    per memory two vectors (its own and its window's), its words, its place in its session.
 Form     vectors int8; postings of 4 bytes, a slot and a count. All of it is a cache of what a store
          holds and can be built again from there; token states stay in the store.
-Bytes    2*(d + 4) + 66 per memory, 8.5 per distinct word of a memory, about 250 per distinct word.
+Bytes    2*(d + 4) + 74 per memory, 8.5 per distinct word of a memory, about 250 per distinct word.
 Source   S. Robertson, H. Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009;
          O. Khattab, M. Zaharia, "ColBERT", 2020.
-Departs  a word counts for the turns around its own too; token states are signs only; no signal can
-         veto another, each adds its share.
+Departs  a word counts for the turns around its own too, where the loudest is heard; token states
+         are signs only; no signal can veto another, each adds its share.
 """
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
 from holdfast.errors import UsageError
-from holdfast.longterm.retrieval import terms
+from holdfast.longterm.retrieval import cues, terms
 from holdfast.longterm.retrieval.docs import Allow, Doc, Fetch, Scored, Stored
+from holdfast.longterm.retrieval.maxsim import maxsim
 from holdfast.longterm.retrieval.postings import Neighbours, Postings
 from holdfast.longterm.retrieval.rows import Column, Rows
 from holdfast.longterm.retrieval.vectors import Query
 
 K1, B = 1.2, 0.75
-POOL = 100  # candidates by words, and as many by windows
-FULL = {"maxsim": 1.0, "bm25": 0.5, "window": 0.3, "speaker": 0.1, "question": -0.1}
-LIGHT = {"bm25": 1.0, "own": 0.5, "window": 0.5, "speaker": 0.1, "question": -0.1}
+POOL = 100  # candidates by words, as many by windows, and again of the days asked about
+CUES = {"speaker": 0.1, "question": -0.1, "date": 0.5, "when": 0.15}
+FULL = {"maxsim": 1.0, "bm25": 0.5, "window": 0.3, **CUES}
+LIGHT = {"bm25": 1.0, "own": 0.5, "window": 0.5, **CUES}
 # With `FULL`, words of the best memories join those asked for, together as `SHARE` of them.
 LEADERS, JOINING, SHARE = 10, 10, 0.3
 _AT_ONCE = 512  # memories taken in together; more would only need more memory
 
-# A question mark that ends a turn, whatever caption follows it.
-_ASKS = re.compile(r"\?[\"'”’)\s]*(\[[^\]]*\]\s*)?$")
 _NOTHING = Stored()
+_NEVER = np.iinfo(np.int64).min
 _STOP_TERMS = sorted({terms.stem(word) for word in terms.STOP})
 
 
@@ -53,7 +53,7 @@ class Corpus:
         # Words of a memory, and those it hears of: its own and, in part, its neighbours'.
         self._length, self._heard = Column(np.int32), Column(np.float32)
         self._speaker, self._kind = Column(np.int32), Column(np.int32)
-        self._asks = Column(np.bool_)
+        self._asks, self._when = Column(np.bool_), Column(np.int64)
         self._speakers: dict[str | None, int] = {}
         self._kinds: dict[str, int] = {}
         self._postings, self._neighbours = Postings(), Neighbours()
@@ -95,7 +95,8 @@ class Corpus:
         self._key.append(np.array([doc.key for doc in docs]))
         self._alive.append(np.ones(count, bool))
         self._heard.append(np.zeros(count))
-        self._asks.append(np.array([bool(_ASKS.search(doc.text)) for doc in docs]))
+        self._asks.append(np.array([cues.asks(doc.text) for doc in docs]))
+        self._when.append(np.array([_NEVER if doc.when is None else doc.when for doc in docs]))
         self._speaker.append(_codes(self._speakers, [doc.speaker for doc in docs]))
         self._kind.append(_codes(self._kinds, [doc.kind for doc in docs]))
         self._postings.add(first, stems)
@@ -179,8 +180,10 @@ class Corpus:
         asked = terms.query_terms(query.text)
         words = self._words(asked)
         windows = self._window.dot(query.vector)
-        pool = max(POOL, k)
+        pool, dated = max(POOL, k), self._dated(query.text)
         found = np.union1d(_best(words, allowed & (words > 0), pool), _best(windows, allowed, pool))
+        if dated.any():
+            found = np.union1d(found, _best(windows, allowed & dated, pool))
         keys = self._key.values[found].tolist()
         stored = fetch(keys) if fetch is not None else {}
         held = [stored.get(key, _NOTHING) for key in keys]
@@ -190,6 +193,8 @@ class Corpus:
             "window": _share(window),
             "speaker": self._named(query.text)[self._speaker.values[found]],
             "question": self._asks.values[found],
+            "date": dated[found],
+            "when": self._timed(query.text, found),
         }
         overlap = self._overlap(query, [one.tokens for one in held])
         if overlap is None:
@@ -262,7 +267,10 @@ class Corpus:
         return K1 * (1 - B + B / mean * heard[slots])
 
     def _words(self, query_terms: Sequence[str]) -> np.ndarray:
-        """BM25 of every slot; a word of a neighbour counts in part."""
+        """BM25 of every slot; of those around who say a word the loudest is heard.
+
+        All of them together would let a talk about one thing drown what was said once.
+        """
         count = self._key.count
         total = np.zeros(count, np.float32)
         damping = self._damping(slice(None))
@@ -273,13 +281,12 @@ class Corpus:
                 slots, counts = slots[alive], counts[alive]
             if len(slots) == 0:
                 continue
-            at, weights = [slots], [counts.astype(np.float32)]
-            for reached, weight in self._neighbours.ahead(slots):
-                at.append(reached)
-                weights.append(counts * np.float32(weight))
-            # One place on, so that -1 falls into the first.
-            heard = np.bincount(np.concatenate(at) + 1, np.concatenate(weights), count + 1)
-            heard = heard[1:].astype(np.float32)
+            heard = np.zeros(count + 1, np.float32)
+            heard[slots] = counts
+            for at, weight in self._neighbours.ahead(slots):
+                # The last, which -1 finds, is no slot; no other is there twice.
+                heard[at] = np.maximum(heard[at], counts * np.float32(weight))
+            heard = heard[:-1]
             (idf,) = self._idf(np.array([self._postings.number(term)]))
             total += idf * (K1 + 1) * heard / (heard + damping)
         return total
@@ -318,7 +325,8 @@ class Corpus:
             at = np.minimum(np.searchsorted(joining, words), len(joining) - 1)
             same = joining[at] == words
             # A word is there once per slot, so that no place is written twice.
-            heard[here[whose[same]], at[same]] += weight * counts[same]
+            place = here[whose[same]], at[same]
+            heard[place] = np.maximum(heard[place], weight * counts[same])
         damped = heard / (heard + self._damping(found)[:, None])
         return damped @ (weights * self._idf(joining) * (K1 + 1)).astype(np.float32)
 
@@ -342,28 +350,22 @@ class Corpus:
             [bool(asked & set(terms.words(one or ""))) for one in self._speakers] or [False]
         )
 
+    def _dated(self, text: str) -> np.ndarray:
+        """bool per slot: whether it was said when what the question asks about was told."""
+        when, dated = self._when.values[:-1], np.zeros(self._key.count, bool)
+        # The newest memory is as near to now as what is kept can tell.
+        newest = int(when.max(initial=_NEVER))
+        for first, end in cues.periods(text, None if newest == _NEVER else newest):
+            dated |= (when >= first) & (when < end)
+        return dated
 
-def maxsim(states: np.ndarray, weights: np.ndarray, blobs: Sequence[bytes]) -> np.ndarray:
-    """How well each memory's best token fits each token asked about, by weight: f32[len(blobs)].
-
-    Args:
-        states: f32[m,d], unit rows.
-        weights: f32[m].
-        blobs: of n tokens, n*d/8 bytes of sign bits each; an empty one scores 0.
-    """
-    dim = states.shape[1]
-    width = (dim + 7) // 8
-    counts = np.array([len(blob) // width for blob in blobs])
-    scores = np.zeros(len(blobs), np.float32)
-    if not counts.any() or not weights.any():
-        return scores
-    packed = np.frombuffer(b"".join(blobs), np.uint8).reshape(-1, width)
-    bits = np.unpackbits(packed, axis=1, count=dim).astype(np.float32)
-    # Signs are 2*bit - 1.
-    fits = (2 * (bits @ states.T) - states.sum(1)) / np.float32(dim**0.5)
-    starts = (np.cumsum(counts) - counts)[counts > 0]
-    scores[counts > 0] = np.maximum.reduceat(fits, starts) @ (weights / weights.sum())
-    return scores
+    def _timed(self, text: str, found: np.ndarray) -> np.ndarray:
+        """Whether each of `found` tells a time, where the question asks for one."""
+        timed = np.zeros(len(found), bool)
+        if cues.asks_when(text):
+            whose, words, _ = self._postings.words(found)
+            timed[whose[np.isin(words, [self._postings.number(term) for term in cues.TIMES])]] = 1
+        return timed
 
 
 def _codes(codes: dict, names: Sequence[str | None]) -> np.ndarray:

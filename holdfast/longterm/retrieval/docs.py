@@ -21,6 +21,7 @@ class Doc:
         text: what is read: speaker and caption included.
         own, window: unit vectors f32[d].
         stems: `terms.stems(text)`, where a store has kept it; default: cut here.
+        when: it was said or holds from, in microseconds since 1970, or None.
     """
 
     key: int
@@ -32,6 +33,7 @@ class Doc:
     own: np.ndarray
     window: np.ndarray
     stems: Sequence[str] | None = None
+    when: int | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from holdfast.longterm.work import Work
 RAM = 512 << 20
 _MANY = 500
 _PAGE = 2048
-_ROW = "version, position, session, kind, speaker, text, terms"
+_ROW = "version, position, session, kind, speaker, text, terms, valid_from"
 _LIVE = "space = ? AND retired_at IS NULL AND searchable = 1"
 
 
@@ -338,11 +338,10 @@ def _fill(corpus: Corpus, rows: Sequence[tuple]) -> None:
     """Enter rows of `_ROW`, own vector, window vector."""
     corpus.add([
         Doc(
-            key=version, position=position, session=session, kind=kind, speaker=speaker,
-            text=document(speaker, text), own=np.frombuffer(own, np.float32),
-            window=np.frombuffer(window, np.float32), stems=terms.split(),
+            version, position, session, kind, speaker, document(speaker, text),
+            np.frombuffer(own, np.float32), np.frombuffer(window, np.float32), terms.split(), when,
         )
-        for version, position, session, kind, speaker, text, terms, own, window in rows
+        for version, position, session, kind, speaker, text, terms, when, own, window in rows
     ])  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from holdfast.longterm.retrieval.corpus import (
     K1,
     LEADERS,
     LIGHT,
+    POOL,
     SHARE,
     B,
     Corpus,
@@ -25,9 +27,10 @@ from holdfast.longterm.retrieval.postings import AHEAD, BACK
 from holdfast.longterm.retrieval.vectors import Query, unit
 
 DIM = 64
-_WORDS = "apple bear cloud dance eagle field grape house island jungle kite lemon"
+_WORDS = "apple bear cloud dance eagle field grape house island yesterday kite lemon"
 WORDS = _WORDS.split()
 NAMES = ("Ann", "Bob Stone", None)
+DAYS = [datetime(2023, 6, 20, tzinfo=UTC) + timedelta(days=5 * n) for n in range(9)]
 
 
 def docs(count: int, seed: int, first: int = 1) -> list[Doc]:
@@ -50,9 +53,17 @@ def docs(count: int, seed: int, first: int = 1) -> list[Doc]:
                 text=f"{speaker}: {text}" if speaker else text,
                 own=vectors[0],
                 window=vectors[1],
+                when=None if key % 4 == 0 else micros(DAYS[key % len(DAYS)]),
             )
         )
     return found
+
+
+DAY = timedelta(days=1)
+
+
+def micros(when: datetime) -> int:
+    return int(1e6 * when.timestamp())
 
 
 def query(text: str, seed: int = 0, states: bool = False) -> Query:
@@ -106,7 +117,7 @@ class Reference:
         scores = dict.fromkeys(self.heard, 0.0)
         for term, weight in weights.items():
             for k, heard in self.heard.items():
-                f = sum(w * self.stems[j][term] for j, w in heard)
+                f = max(w * self.stems[j][term] for j, w in heard)
                 damped = f / (f + K1 * (1 - B + B * self.length[k] / self.mean))
                 scores[k] += weight * self.idf(term) * damped * (K1 + 1)
         return scores
@@ -159,6 +170,10 @@ class Reference:
             named = asked & set(terms.words(doc.speaker or ""))
             score[doc.key] += weights["speaker"] * bool(named)
             score[doc.key] += weights["question"] * doc.text.endswith("?")
+            told = "June 2023" in text and doc.when is not None
+            score[doc.key] += weights["date"] * (told and doc.when < micros(DAYS[0] + 18 * DAY))
+            timed = text.startswith("When") and "yesterday" in doc.text
+            score[doc.key] += weights["when"] * timed
         return score
 
 
@@ -196,7 +211,8 @@ def test_search_equals_the_formula_after_any_history(seed, states):
         corpus.add(again)
         held[again[0].key] = again[0]
     assert len(corpus) == len(held)
-    for n, text in enumerate(["apple grape?", "What did Bob dance?", "Ann kite kite lemon"]):
+    asked = ["apple grape?", "When did Bob dance?", "Ann kite kite lemon", "grape in June 2023"]
+    for n, text in enumerate(asked):
         same(corpus, list(held.values()), query(text, seed=n, states=states))
 
 
@@ -334,6 +350,65 @@ def test_maxsim_by_hand():
     blobs = [bytes([0b10000000, 0b01000000]), bytes([0b00000000]), b""]
     got = maxsim(states, np.array([3, 1], np.float32), blobs)
     np.testing.assert_allclose(got, np.array([1, -1, 0]) / 8**0.5, rtol=1e-6)
+
+
+def test_one_loud_neighbour_is_heard_as_well_as_many():
+    vectors = unit(np.eye(DIM))
+
+    def heard(said: list[str]) -> float:
+        corpus = Corpus("test", DIM)
+        rest = [(None, "oh")] * 3
+        corpus.add([
+            Doc(n, n, session, "turn", None, text, vectors[n], vectors[n])
+            for n, (session, text) in enumerate([*(("s", text) for text in said), *rest])
+        ])  # fmt: skip
+        counts = corpus._words(["volcano"])
+        return float(counts[3] / corpus._idf(np.array([corpus._postings.number("volcano")]))[0])
+
+    assert heard(["volcano", "volcano", "volcano", "so"]) == pytest.approx(
+        heard(["oh", "oh", "volcano", "so"])
+    )
+    assert heard(["volcano", "oh", "oh", "so"]) < heard(["oh", "oh", "volcano", "so"])
+
+
+def test_a_dated_question_finds_what_was_told_then():
+    vectors = unit(np.eye(DIM))
+    corpus = Corpus("test", DIM)
+    days = [datetime(2023, 5, 20, tzinfo=UTC), datetime(2023, 10, 15, tzinfo=UTC), None]
+    corpus.add([
+        Doc(n, 0, None, "turn", None, "a walk", *vectors[[9, 9]], when=day and micros(day))
+        for n, day in enumerate(days)
+    ])  # fmt: skip
+    for text, told in [
+        ("What did I see on 19 May, 2023?", 0),
+        ("What did I see on October 13, 2023?", 1),
+        ("What did I see in May?", 0),  # the last one before the newest memory
+        ("What did I see two days ago?", 1),
+    ]:
+        hits = corpus.search(Query(text, vectors[9]), 3)
+        assert hits[0].key == told
+        assert [hit.terms["date"] > 0 for hit in hits] == [True, False, False]
+    assert {hit.terms["date"] for hit in corpus.search(Query("a walk?", vectors[9]), 3)} == {0}
+
+
+def test_the_days_asked_about_have_candidates_of_their_own():
+    vectors = unit(np.eye(DIM))
+    near = unit(0.1 * vectors[9] + vectors[8])
+    corpus = Corpus("test", DIM)
+    corpus.add([
+        Doc(n, 0, None, "turn", None, "so", *([vectors[9]] if n == 0 else [near]) * 2, when=0)
+        for n in range(3 * POOL)
+    ])  # fmt: skip
+    then = micros(datetime(2023, 5, 20, tzinfo=UTC))
+    corpus.add([Doc(999, 0, None, "turn", None, "so", *vectors[[3, 3]], when=then)])
+    hits = corpus.search(Query("Where did I go on 19 May, 2023?", vectors[9]), 10)
+    assert [hit.key for hit in hits][:2] == [0, 999]
+    hits = corpus.search(Query("Where did I go on 19 June, 2022?", vectors[9]), 10)
+    assert 999 not in [hit.key for hit in hits]
+    late = corpus.search(
+        Query("Where did I go on 19 May, 2023?", vectors[9]), 10, lambda keys: keys < 999
+    )
+    assert 999 not in [hit.key for hit in late]
 
 
 def test_wrong_vectors_and_keys_are_refused():
