@@ -1,21 +1,36 @@
-"""Perplexity of repetitive text, whose repetitions lie beyond the window, by memory."""
+"""Perplexity of documents that are enciphered each in its own way, by memory.
+
+What follows what must be learned from the document itself, and the model was taught to look it up.
+FIFO is a memory of as many slots that is recalled from in the same way and holds the last tokens
+that left the window; it recalls at any likeness, which serves it best. Threshold and slots were
+chosen on training text, where twice as many gained nothing more.
+
+Departs  from "repetitive text of the standard library": in plain text whose passages come back, a
+         plain model of this size, bytelm, gains too little. A token recalls the like of itself and
+         not what came next, so that a memory serves statistics and no copying; and even of what
+         came back inside its trained window bytelm makes little. Both figures are recorded.
+"""
 
 import math
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from holdfast.checks import Result, bytelm, check
-from holdfast.context.cache.baselines import SinksRecent, Window
+from holdfast.checks.context import _cipher
+from holdfast.context.cache.baselines import Window
 from holdfast.context.cache.bounded import BoundedCache
 from holdfast.context.cache.camelot import Camelot
 from holdfast.context.cache.layer import BoundedLayer
 from holdfast.context.cache.policy import CachePolicy
 from holdfast.context.stream import surprisals
 
-# Tokens see the latest 128 to 160; passages come back after 512.
-WINDOW, CHUNK, SLOTS, THRESHOLD = 128, 32, 128, 0.9
-PASSAGE, TIMES, ROWS = 512, 3, 24
+# Tokens see the latest 128 to 144.
+WINDOW, CHUNK, SLOTS, THRESHOLD = 128, 16, 32, 0.7
+LENGTH, ROWS, SEEDS = 1024, 24, 3
+# Passages of plain text, how often each comes, and one that fits twice into bytelm's 256.
+PASSAGE, TIMES, SHORT = 512, 3, 100
 CAPACITY = WINDOW + CHUNK + SLOTS
 
 
@@ -26,45 +41,85 @@ class Fifo(Camelot):
         Camelot(slots=self.slots, threshold=math.inf).absorb(layer, over, keep)
 
 
+def nats(
+    model: PreTrainedModel, ids: Tensor, policy: CachePolicy, first: int, **size: int
+) -> Tensor:
+    """Mean of each row of ids from token `first` on."""
+    cache = BoundedCache.for_model(model, policy, batch=ROWS, chunk=CHUNK, **size)
+    return surprisals(model, ids, cache)[:, first:].mean(1)
+
+
+def repeated(length: int, times: int) -> Tensor:
+    """Passages of plain held-out text, each again and again."""
+    passages = bytelm.validation(length + 1, ROWS)[:, 1:]
+    begin = passages.new_full((ROWS, 1), bytelm.BEGIN)
+    return torch.cat([begin, *[passages] * times], 1)
+
+
+def lower(ours: Tensor, other: Tensor) -> Tensor:
+    """The share by which a perplexity is lower than another; both as their logarithms."""
+    return 1 - (ours - other).exp()
+
+
+def plain_text() -> dict[str, Tensor]:
+    """What bytelm gains from the memory, and from a repetition inside its trained window."""
+    model, ids = bytelm.trained(), repeated(PASSAGE, TIMES)
+    policies = (
+        (Camelot(slots=SLOTS, threshold=THRESHOLD), CAPACITY),
+        (Window(), WINDOW + CHUNK),
+        (Fifo(slots=SLOTS, threshold=-1.0), CAPACITY),
+    )
+    ours, window, fifo = (
+        nats(model, ids, policy, 1 + PASSAGE, tokens=tokens).mean() for policy, tokens in policies
+    )
+    half = SHORT // 2
+    once, twice = (
+        nats(model, repeated(SHORT, times), Window(), times * SHORT - half, tokens=256).mean()
+        for times in (1, 2)
+    )
+    return {
+        "plain_text_lower_than_window": lower(ours, window),
+        "plain_text_lower_than_fifo": lower(ours, fifo),
+        "plain_text_lower_where_repeated_inside_the_window": lower(twice, once),
+    }
+
+
 @check(
     "camelot",
-    claim="perplexity of repetitive text is 3 % lower than with the window alone and than with a "
-    "first-in-first-out memory of equal bytes",
+    claim="perplexity of documents that are enciphered each in its own way is 3 % lower than with "
+    "the window of 128 alone and than with a first-in-first-out memory of equal bytes; of plain "
+    "text of the standard library it is lower by far less, as recorded",
 )
 def run(seed: int) -> Result:
-    model = bytelm.trained()
-    # Other seeds read other passages.
-    passages = bytelm.validation(PASSAGE + 1 + seed, ROWS)[:, 1 + seed :]
-    begin = passages.new_full((ROWS, 1), bytelm.BEGIN)
-    ids = torch.cat([begin, *[passages] * TIMES], 1)
-
-    def nats(policy: CachePolicy, tokens: int | None = None, budget: int | None = None) -> Tensor:
-        cache = BoundedCache.for_model(
-            model, policy, tokens=tokens, budget=budget, batch=ROWS, chunk=CHUNK
-        )
-        # Once every cache is full, and the first pass is over.
-        return surprisals(model, ids, cache)[:, 1 + PASSAGE :].mean(1)
-
-    ours_policy = Camelot(slots=SLOTS, threshold=THRESHOLD)
+    model = _cipher.trained(seed)
+    memory = Camelot(slots=SLOTS, threshold=THRESHOLD)
     budget = BoundedCache.for_model(
-        model, ours_policy, tokens=CAPACITY, batch=ROWS, chunk=CHUNK
+        model, memory, tokens=CAPACITY, batch=ROWS, chunk=CHUNK
     ).peak_nbytes()
-    ours = nats(ours_policy, budget=budget)
+    texts = [_cipher.held_out(ROWS, LENGTH, SEEDS * seed + number) for number in range(SEEDS)]
+
+    def each(policy: CachePolicy, **size: int) -> Tensor:
+        """Of each document (SEEDS,ROWS) the second half: every memory has long been full."""
+        return torch.stack([nats(model, ids, policy, LENGTH // 2, **size) for ids in texts])
+
+    ours = each(memory, budget=budget)
     base = {
-        "window": nats(Window(), tokens=WINDOW + CHUNK),
-        "fifo": nats(Fifo(slots=SLOTS, threshold=THRESHOLD), budget=budget),
-        "window_of_as_many_entries": nats(Window(), tokens=CAPACITY),
-        "sinks_recent_of_as_many_entries": nats(SinksRecent(), tokens=CAPACITY),
+        "window": each(Window(), tokens=WINDOW + CHUNK),
+        "fifo": each(Fifo(slots=SLOTS, threshold=-1.0), budget=budget),
+        "window_of_as_many_entries": each(Window(), tokens=CAPACITY),
     }
     rivals = ("window", "fifo")
-    gain = {name: (base[name] - ours).mean().exp().item() - 1 for name in rivals}
-    wins = {name: (ours < base[name]).sum().item() for name in rivals}
+    gaps = {name: base[name] - ours for name in rivals}
+    gains = {name: lower(ours.mean(1), base[name].mean(1)) for name in rivals}
     return Result(
-        measured={"perplexity": ours.mean().exp().item(), "bytes": budget}
-        | {f"lower_than_{name}": value for name, value in gain.items()}
-        | {f"texts_won_against_{name}": value for name, value in wins.items()},
-        baseline={f"{name}_perplexity": x.mean().exp().item() for name, x in base.items()}
-        | {"bytes": budget, "texts": ROWS},
-        threshold="perplexity >= 3 % lower than with the window alone, and than with FIFO",
-        passed=min(gain.values()) >= 0.03,
+        measured={"perplexity": ours.mean().exp(), "bytes": budget}
+        | {f"lower_than_{name}_by_seed": gain.tolist() for name, gain in gains.items()}
+        | {f"standard_error_{n}": gap.std() / gap.numel() ** 0.5 for n, gap in gaps.items()}
+        | {f"documents_won_against_{n}": (gap > 0).sum() for n, gap in gaps.items()}
+        | plain_text(),
+        baseline={f"{name}_perplexity": x.mean().exp() for name, x in base.items()}
+        | {"bytes": budget, "documents": ours.numel()},
+        threshold="perplexity >= 3 % lower than with the window alone, and than with FIFO, in each "
+        "of 3 seeds",
+        passed=all(bool((gain >= 0.03).all()) for gain in gains.values()),
     )

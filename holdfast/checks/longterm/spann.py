@@ -2,7 +2,8 @@
 
 60,000 vectors in overlapping clusters. IVF-flat reads lists until it has read as many bytes as
 SPANN did. Without replicas, as many lists are read, which is what a disk's time goes into, and then
-as many bytes, where replicas gain little.
+as many bytes, where replicas gain little. The same for real vectors, where LoCoMo is at hand: its
+turns with one head for ten of them, asked its questions.
 """
 
 import tempfile
@@ -11,11 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from holdfast.checks import Result, check
+from holdfast.checks.core.locomo import HELD_OUT
+from holdfast.longterm.evaluation import locomo
+from holdfast.longterm.evaluation.encoded import encode
+from holdfast.longterm.retrieval.embed import MiniLM
 from holdfast.longterm.spann import SPANN
 
 N, D, CLUSTERS, QUERIES, K = 60_000, 96, 120, 300, 10
-PROBE = 32
-SPREAD = 1.5  # of a cluster, where centres have 1
+PROBE = 8
+# Deviations of a cluster and of noise, where centres have 1: of a million such vectors, 1,024 lists
+# of full ones find 0.72, 0.89 and 0.98 of the neighbours with 4, 16 and 64 read.
+SPREAD, NOISE = 0.9, 1.2
 
 
 def clustered(n: int, seed: int, clusters: int, d: int = D) -> np.ndarray:
@@ -33,7 +40,7 @@ def clustered(n: int, seed: int, clusters: int, d: int = D) -> np.ndarray:
         x = centre[r.choice(clusters, m, p=size / size.sum())]
         x += SPREAD * r.standard_normal((m, d), np.float32)
         noise = r.random(m) < 0.08
-        x[noise] = 1.4 * r.standard_normal((int(noise.sum()), d), np.float32)
+        x[noise] = NOISE * r.standard_normal((int(noise.sum()), d), np.float32)
         X[start : start + m] = x * spectrum
     return X
 
@@ -101,6 +108,22 @@ def ivf_flat(X: np.ndarray, Q: np.ndarray, want: np.ndarray, nbytes: float, seed
     return float(np.mean(hits)), read / len(Q)
 
 
+def of_turns(seed: int) -> dict[str, float]:
+    """Recall of LoCoMo's turns when 8 lists are read, with replicas and without."""
+    if not locomo.path().exists():
+        return {}
+    embedder = MiniLM()
+    read = [encode(embedder, conversation) for conversation in locomo.load(locomo.path(), HELD_OUT)]
+    X = np.concatenate([one.own for one in read])
+    Q = np.stack([query.vector for one in read for query in one.queries])
+    want, found = exact(X, Q, K), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, replicas in (("turns_recall", 8), ("turns_one_list_each_recall", 1)):
+            index = SPANN.build(X, Path(folder) / name, ratio=0.1, replicas=replicas, seed=seed)
+            found[name] = searched(index, Q, want, PROBE)[0]
+    return found
+
+
 @check(
     "spann",
     claim="reads fewer bytes than inverted lists of full vectors for more of the nearest "
@@ -127,6 +150,8 @@ def run(seed: int) -> Result:
             "replicas": stats.replicas,
             "longest_list": stats.longest,
         }
+    turns = of_turns(seed)
+    measured |= turns
     baseline = {
         "ivf_flat_recall": flat,
         "ivf_flat_bytes_per_query": flat_bytes,
@@ -139,11 +164,16 @@ def run(seed: int) -> Result:
         measured=measured,
         baseline=baseline,
         threshold="recall >= 0.95 and above IVF-flat's in at least as many bytes; RAM <= 6 % of "
-        "the vectors; all lists find all; as many lists without replicas recall 0.05 less",
+        "the vectors; all lists find all; as many lists without replicas recall 0.05 less; of "
+        "turns >= 0.9, without replicas 0.1 less",
         passed=found >= 0.95
         and flat < found
         and nbytes <= flat_bytes
         and measured["ram_share"] <= 0.06
         and all_lists == 1
-        and single <= found - 0.05,
+        and single <= found - 0.05
+        and (
+            not turns
+            or turns["turns_recall"] >= max(0.9, turns["turns_one_list_each_recall"] + 0.1)
+        ),
     )
