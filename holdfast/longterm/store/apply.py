@@ -23,7 +23,15 @@ from holdfast.longterm.records import (
     text_hash,
 )
 from holdfast.longterm.retrieval.terms import stems
-from holdfast.longterm.store.rows import STATE, dumps, key_hash, logged, space_row, state
+from holdfast.longterm.store.rows import (
+    STATE,
+    dumps,
+    key_hash,
+    logged,
+    made_from,
+    space_row,
+    state,
+)
 from holdfast.longterm.store.sqlite import Transaction
 
 
@@ -330,14 +338,7 @@ class Applier:
             raise UsageError(
                 f"cannot purge {change.id}: there was never such a memory in space {self.space}"
             )
-        doomed, open_ = {change.id}, [change.id]
-        while open_:
-            origin = open_.pop()
-            for (made,) in self.sql.rows("SELECT memory FROM source WHERE origin = ?", (origin,)):
-                if made not in doomed:
-                    doomed.add(made)
-                    open_.append(made)
-        for item in sorted(doomed):
+        for item in sorted([change.id, *made_from(self.sql, change.id)]):
             self._erase(item, "" if item == change.id else f"made from {change.id}")
         return change.id
 

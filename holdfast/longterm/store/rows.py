@@ -30,6 +30,18 @@ def space_row(transaction: Transaction, space: Space, *, create: bool = True) ->
     return rows[0] if rows else (0, 0)
 
 
+def made_from(transaction: Transaction, item: str) -> list[str]:
+    """All that was made from a memory, directly or not, current or not: a purge takes it along."""
+    found: dict[str, None] = {}
+    open_ = [item]
+    while open_:
+        made = transaction.rows("SELECT memory FROM source WHERE origin = ?", (open_.pop(),))
+        fresh = [one for (one,) in made if one not in found and one != item]
+        found.update(dict.fromkeys(fresh))
+        open_ += fresh
+    return list(found)
+
+
 def dumps(value: Any) -> str:
     """JSON that is the same for equal values."""
     try:

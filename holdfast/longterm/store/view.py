@@ -11,6 +11,7 @@ from holdfast.errors import UsageError
 from holdfast.longterm.language.llm import Judgement
 from holdfast.longterm.records import Edge, Event, Hit, Item, Source, Space, micros, moment
 from holdfast.longterm.retrieval.search import Searcher
+from holdfast.longterm.store.rows import made_from
 from holdfast.longterm.store.sqlite import Transaction
 from holdfast.longterm.work import Work
 
@@ -228,13 +229,7 @@ class View:
 
     def made_of(self, item: str) -> list[str]:
         """All that was made from a memory, directly or not: what a purge takes along."""
-        found: dict[str, None] = {}
-        open_ = [item]
-        while open_:
-            made = self.derived(open_).values()
-            open_ = list(dict.fromkeys(one for some in made for one in some if one not in found))
-            found.update(dict.fromkeys(open_))
-        return list(found)
+        return made_from(self._sql, item)
 
     def events(self, item: str | None = None, *, after: int = 0, limit: int | None = None):
         """The log, of one memory or of the space, oldest first."""
