@@ -140,6 +140,16 @@ def test_a_batch_is_all_or_nothing(memory):
         assert view.edges() == []
 
 
+def test_a_purge_takes_what_was_made_of_what_was_made(memory):
+    (turn, other) = memory.transact(lambda _: [Add("Ann sold her boat."), Add("Ben has a dog.")])
+    (fact,) = memory.transact(lambda _: [Add("no boat", sources=[Source(turn)])])
+    (portrait,) = memory.transact(lambda _: [Add("a landlubber", sources=[Source(fact)])])
+    with memory.reading() as view:
+        assert view.made_of(turn) == [fact, portrait]
+    assert sorted(memory.purge(turn)) == sorted([turn, fact, portrait])
+    assert [item.id for item in memory.get_all()] == [other]
+
+
 def test_windows_follow_their_neighbours(memory):
     """A turn's window is what it would be if the session had been written at once."""
     for message in messages("monday"):
