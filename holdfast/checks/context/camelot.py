@@ -3,7 +3,8 @@
 What follows what must be learned from the document itself, and the model was taught to look it up.
 FIFO is a memory of as many slots that is recalled from in the same way and holds the last tokens
 that left the window; it recalls at any likeness, which serves it best. Threshold and slots were
-chosen on training text, where twice as many gained nothing more.
+chosen on training text, where twice as many gained nothing more. A window that spends the memory's
+bytes on more tokens is recorded beside them; ours is lower by 0.9 %, twice its standard error.
 
 Departs  from "repetitive text of the standard library": in plain text whose passages come back, a
          plain model of this size, bytelm, gains too little. A token recalls the like of itself and
@@ -87,8 +88,9 @@ def plain_text() -> dict[str, Tensor]:
 @check(
     "camelot",
     claim="perplexity of documents that are enciphered each in its own way is 3 % lower than with "
-    "the window of 128 alone and than with a first-in-first-out memory of equal bytes; of plain "
-    "text of the standard library it is lower by far less, as recorded",
+    "the window of 128 alone and than with a first-in-first-out memory of equal bytes; than with "
+    "a window of as many entries it is lower by hardly more than chance, and of plain text of the "
+    "standard library by far less, as recorded",
 )
 def run(seed: int) -> Result:
     model = _cipher.trained(seed)
@@ -108,18 +110,18 @@ def run(seed: int) -> Result:
         "fifo": each(Fifo(slots=SLOTS, threshold=-1.0), budget=budget),
         "window_of_as_many_entries": each(Window(), tokens=CAPACITY),
     }
-    rivals = ("window", "fifo")
-    gaps = {name: base[name] - ours for name in rivals}
-    gains = {name: lower(ours.mean(1), base[name].mean(1)) for name in rivals}
+    gaps = {name: rival - ours for name, rival in base.items()}
+    gains = {name: lower(ours.mean(1), rival.mean(1)) for name, rival in base.items()}
+    error = {name: gap.std() / gap.numel() ** 0.5 for name, gap in gaps.items()}
     return Result(
         measured={"perplexity": ours.mean().exp(), "bytes": budget}
         | {f"lower_than_{name}_by_seed": gain.tolist() for name, gain in gains.items()}
-        | {f"standard_error_{n}": gap.std() / gap.numel() ** 0.5 for n, gap in gaps.items()}
+        | {f"standard_error_{name}": value for name, value in error.items()}
         | {f"documents_won_against_{n}": (gap > 0).sum() for n, gap in gaps.items()}
         | plain_text(),
         baseline={f"{name}_perplexity": x.mean().exp() for name, x in base.items()}
         | {"bytes": budget, "documents": ours.numel()},
         threshold="perplexity >= 3 % lower than with the window alone, and than with FIFO, in each "
         "of 3 seeds",
-        passed=all(bool((gain >= 0.03).all()) for gain in gains.values()),
+        passed=all(bool((gains[name] >= 0.03).all()) for name in ("window", "fifo")),
     )
