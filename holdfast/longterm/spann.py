@@ -1,9 +1,10 @@
 """SPANN (144): nearest neighbours from disk, with only the heads of the lists in memory.
 
 Keeps    every vector once, and one byte per component of it in the lists of up to 8 heads.
-Form     a head is the mean of about 1 / ratio vectors; its list has codes and slots of vectors near
-         it; a search reads the lists of the nearest heads, then the best vectors in full.
-Bytes    RAM H*(4*d+20) + 2*sqrt(H)*(4*d+8) + n/8, and buffers; disk n*(4*d+28) + r*n*(d+4) in pages
+Form     a head is the mean of about 1 / ratio vectors, one byte per component; its list has codes
+         and slots of vectors near it; a search reads the lists of the nearest heads, then the best
+         vectors in full.
+Bytes    RAM H*(d+20) + 2*sqrt(H)*(4*d+8) + n/8, and buffers; disk n*(4*d+28) + r*n*(d+4) in pages
          of 4 KiB per list, for n vectors of d components (a multiple of 16), H heads, r lists each.
 Source   Chen, Zhao, Wang, Li, Liu, Li, Yang, Wang, NeurIPS 2021, arXiv:2111.08566; code read.
          Updates by splitting after Xu et al., SOSP 2023, arXiv:2305.07222 (recalled).
@@ -56,13 +57,15 @@ EVERY = 2**62
 class Stats:
     """Bytes of an index, and what its searches read so far.
 
-    `ram` is heads, tables, added vectors and buffers; `disk` the sizes of its files.
+    `ram` is heads, tables, added vectors and buffers; `disk` the sizes of its files; `deviation`
+    the standard deviation of the lengths of lists by their mean.
     """
 
     vectors: int
     heads: int
     replicas: float
     longest: int
+    deviation: float
     ram: int
     disk: int
     queries: int
@@ -184,6 +187,7 @@ class SPANN:
             heads=len(count),
             replicas=float(count.sum(dtype=np.int64) / max(1, base.slots)),
             longest=int(count.max(initial=0)),
+            deviation=float(count.std() / count.mean()) if count.any() else 0.0,
             ram=self.nbytes,
             disk=disk + (self.path / "manifest.json").stat().st_size,
             queries=self._queries,

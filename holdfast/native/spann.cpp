@@ -138,7 +138,8 @@ extern "C" {
 // Arrays belong to the caller and outlive the index. d is the padded dimension.
 struct hf_spann_arrays {
   int64_t d, heads, groups;
-  const float *head, *group;
+  const uint8_t* head;  // one byte per component, as in lists
+  const float* group;
   const int64_t* first;  // groups + 1: where each group's heads begin
   const uint32_t *page, *count;
   const uint64_t* check;
@@ -198,9 +199,20 @@ void keep_nearest(std::vector<Near>& heap, size_t limit, const float* distance, 
   }
 }
 
+// The query as codes are compared with it: (q - low) / step, and the weights step^2.
+void shift(const hf_spann_arrays& a, Scratch& s, const float* q) {
+  s.query.resize(2 * a.d);
+  float *shifted = s.query.data(), *weight = shifted + a.d;
+  for (int64_t j = 0; j < a.d; ++j) {
+    shifted[j] = (q[j] - a.low[j]) / a.step[j];
+    weight[j] = a.step[j] * a.step[j];
+  }
+}
+
 // The nearest `probe` heads, ascending, among those of the nearest `scan` groups.
 void nearest_heads(const Index& ix, Scratch& s, const float* q, int64_t probe, int64_t scan) {
   const auto& a = ix.a;
+  const float *shifted = s.query.data(), *weight = shifted + a.d;
   s.distances.resize(std::max<size_t>(s.distances.size(), a.groups));
   ix.k.rows(q, a.group, a.groups, (int)a.d, s.distances.data());
   s.groups.clear();
@@ -210,7 +222,7 @@ void nearest_heads(const Index& ix, Scratch& s, const float* q, int64_t probe, i
   for (const Near& g : s.groups) {
     const int64_t first = a.first[g.second], n = a.first[g.second + 1] - first;
     s.distances.resize(std::max<size_t>(s.distances.size(), n));
-    ix.k.rows(q, a.head + first * a.d, n, (int)a.d, s.distances.data());
+    ix.k.scan(shifted, weight, a.head + first * a.d, n, (int)a.d, a.d, s.distances.data());
     keep_nearest(s.heads, probe, s.distances.data(), n, (uint32_t)first);
   }
   std::sort_heap(s.heads.begin(), s.heads.end());
@@ -349,22 +361,22 @@ struct Candidates {
   }
 };
 
-int scan_list(Index& ix, Scratch& s, const float* shifted, const float* weight, uint32_t head,
-              const uint8_t* list, Candidates& candidates, hf_spann_cost& cost) {
+int scan_list(Index& ix, Scratch& s, uint32_t head, const uint8_t* list, Candidates& candidates,
+              hf_spann_cost& cost) {
   const auto& a = ix.a;
+  const float *shifted = s.query.data(), *weight = shifted + a.d;
   const int64_t n = a.count[head];
   if (ix.k.sums(list, n * (a.d + 4) / 4) != a.check[head]) {
     cost.bad = head;
     return BAD_LIST;
   }
   s.distances.resize(std::max<size_t>(s.distances.size(), n));
-  ix.k.scan(shifted, weight, list, n, (int)a.d, s.distances.data());
+  ix.k.scan(shifted, weight, list, n, (int)a.d, a.d + 4, s.distances.data());
   candidates.add(s.distances.data(), list, n, a.d);
   return NONE;
 }
 
-int scan_lists(Index& ix, Scratch& s, const float* shifted, const float* weight,
-               Candidates& candidates, hf_spann_cost& cost) {
+int scan_lists(Index& ix, Scratch& s, Candidates& candidates, hf_spann_cost& cost) {
   const auto& a = ix.a;
   const int64_t entry = a.d + 4;
   const int fd = (int)a.lists_fd;
@@ -379,7 +391,7 @@ int scan_lists(Index& ix, Scratch& s, const float* shifted, const float* weight,
     if (!a.direct) {
       uint8_t* to = s.list.need(length);
       if (read_cached(fd, to, length, offset)) {
-        if (int f = scan_list(ix, s, shifted, weight, h.second, to, candidates, cost)) return f;
+        if (int f = scan_list(ix, s, h.second, to, candidates, cost)) return f;
         continue;
       }
     }
@@ -391,7 +403,7 @@ int scan_lists(Index& ix, Scratch& s, const float* shifted, const float* weight,
       const int64_t length = a.count[h] * entry;
       const Request r{a.page[h] * PAGE, length, length, s.list.need(length)};
       if (int f = read_one(fd, r)) return f;
-      if (int f = scan_list(ix, s, shifted, weight, h, r.to, candidates, cost)) return f;
+      if (int f = scan_list(ix, s, h, r.to, candidates, cost)) return f;
     }
     return NONE;
   }
@@ -413,8 +425,7 @@ int scan_lists(Index& ix, Scratch& s, const float* shifted, const float* weight,
     }
     int fault = read_batch(s, fd);
     for (size_t j = 0; j < s.requests.size() && !fault; ++j)
-      fault = scan_list(ix, s, shifted, weight, s.late[begin + j], s.requests[j].to, candidates,
-                        cost);
+      fault = scan_list(ix, s, s.late[begin + j], s.requests[j].to, candidates, cost);
     if (fault) return fault;
   }
   return NONE;
@@ -505,6 +516,7 @@ int search_one(Index& ix, Scratch& s, const float* q, const hf_spann_query& quer
                const uint8_t* visible, int64_t* out_ids, float* out_distances,
                hf_spann_cost& cost) {
   const auto& a = ix.a;
+  shift(a, s, q);
   nearest_heads(ix, s, q, query.probe, query.scan);
   // Far lists are skipped, but never so many that too few entries are left to choose from.
   int64_t entries = 0;
@@ -514,14 +526,8 @@ int search_one(Index& ix, Scratch& s, const float* q, const hf_spann_query& quer
     entries += a.count[s.heads[kept++].second];
   s.heads.resize(kept);
 
-  s.query.resize(2 * a.d);
-  float *shifted = s.query.data(), *weight = shifted + a.d;
-  for (int64_t j = 0; j < a.d; ++j) {
-    shifted[j] = (q[j] - a.low[j]) / a.step[j];
-    weight[j] = a.step[j] * a.step[j];
-  }
   Candidates candidates(s.found, query, a.error, visible);
-  if (int fault = scan_lists(ix, s, shifted, weight, candidates, cost)) return fault;
+  if (int fault = scan_lists(ix, s, candidates, cost)) return fault;
   candidates.settle();
   std::vector<int64_t> ids;
   if (int fault = rerank(ix, s, q, ids, cost)) return fault;
@@ -602,6 +608,7 @@ int hf_spann_nearest(void* index, int64_t n, const float* queries, int64_t probe
   for (int64_t i = 0; i < n; ++i) {
     try {
       auto s = ix.take();
+      shift(ix.a, *s, queries + i * ix.a.d);
       nearest_heads(ix, *s, queries + i * ix.a.d, probe, scan);
       for (int64_t j = 0; j < probe; ++j)
         heads[i * probe + j] = j < (int64_t)s->heads.size() ? s->heads[j].second : ~0u;

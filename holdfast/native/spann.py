@@ -122,9 +122,9 @@ def entry_type(d: int) -> np.dtype:
 class Arrays:
     """What an index keeps in memory, and the files that it reads; d is padded, arrays are C order.
 
-    head (H,d) f32 in the order of their groups, group (G,d) f32, first (G+1) i64; page, count
-    (H) u32 and check (H) u64 of each list; low, step (d) f32: x = low + step * code, at most
-    `error` away.
+    head (H,d) u8 in the order of their groups, group (G,d) f32, first (G+1) i64; page, count (H)
+    u32 and check (H) u64 of each list; low, step (d) f32: a head is low + step * code, and so is
+    a list's vector, at most `error` away.
     """
 
     head: np.ndarray
@@ -341,9 +341,14 @@ def _nearest(a: Arrays, q: np.ndarray, probe: int, scan: int) -> tuple[np.ndarra
     groups = np.argsort(_squared(q, a.group), kind="stable")[:scan]
     parts = [np.arange(a.first[g], a.first[g + 1]) for g in groups]
     heads = np.concatenate(parts) if parts else np.empty(0, np.int64)
-    distances = _squared(q, a.head[heads])
+    distances = _to_codes(a, q, a.head[heads])
     order = np.lexsort((heads, distances))[:probe]
     return heads[order], distances[order]
+
+
+def _to_codes(a: Arrays, q: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    apart = (q - a.low) / a.step - codes
+    return (apart * apart * (a.step * a.step)).sum(1, dtype=np.float32)
 
 
 def search_ref(
@@ -364,7 +369,6 @@ def _search_one(
     heads, far = _nearest(a, q, how.probe, how.scan)
     before = np.cumsum(a.count[heads]) - a.count[heads]
     heads = heads[(far <= (1 + how.eps) * far[:1]) | (before < how.enough)]
-    shifted, weight = (q - a.low) / a.step, a.step * a.step
     entries = entry_type(a.d)
     slots, rough = [np.empty(0, np.uint32)], [np.empty(0, np.float32)]
     for h in heads[a.count[heads] > 0]:
@@ -374,9 +378,8 @@ def _search_one(
         if sums(data) != int(a.check[h]):
             raise Damaged("list", int(h))
         found = data.view(entries)
-        apart = shifted - found["code"]
         slots.append(found["slot"])
-        rough.append((apart * apart * weight).sum(1, dtype=np.float32))
+        rough.append(_to_codes(a, q, found["code"]))
     every, first = np.unique(np.concatenate(slots), return_index=True)
     near = np.concatenate(rough)[first]
     seen = (visible[every >> 3] >> (every & 7) & 1).astype(bool)

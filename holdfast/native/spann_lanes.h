@@ -32,14 +32,19 @@ inline F codes(const uint8_t* c) {
 
 inline void load(F& v, const float* x) { std::memcpy(&v, x, sizeof v); }
 
-inline float sum(const F& v) {
+// Sixteen lanes to four, always in this order.
+inline F4 quarter(const F& v) {
   F8 a[2];
   std::memcpy(a, &v, sizeof a);
   a[0] += a[1];
   F4 b[2];
   std::memcpy(b, a, sizeof b);
-  b[0] += b[1];
-  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+  return b[0] + b[1];
+}
+
+inline float sum(const F& v) {
+  const F4 a = quarter(v);
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 
 inline float distance(const float* q, const float* x, int d) {
@@ -61,10 +66,32 @@ void gather(const float* q, const float* x, const uint32_t* which, int64_t n, in
   for (int64_t i = 0; i < n; ++i) out[i] = distance(q, x + (int64_t)which[i] * d, d);
 }
 
-// Squared distances to the codes of `n` entries: sum of weight * (q - code)^2.
-void scan(const float* q, const float* weight, const uint8_t* list, int64_t n, int d, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint8_t* entry = list + i * (d + 4);
+// Squared distances to the codes of `n` entries, `size` bytes apart: sum of weight * (q - code)^2.
+// Four at a time: one load of the query serves four, and their sums do not wait for each other.
+void scan(const float* q, const float* weight, const uint8_t* list, int64_t n, int d, int64_t size,
+          float* out) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    const uint8_t* entry = list + i * size;
+    F t0 = {}, t1 = {}, t2 = {}, t3 = {}, a, w;
+    for (int j = 0; j < d; j += 16) {
+      load(a, q + j);
+      load(w, weight + j);
+      const F x0 = a - codes(entry + j), x1 = a - codes(entry + size + j);
+      const F x2 = a - codes(entry + 2 * size + j), x3 = a - codes(entry + 3 * size + j);
+      t0 += x0 * x0 * w;
+      t1 += x1 * x1 * w;
+      t2 += x2 * x2 * w;
+      t3 += x3 * x3 * w;
+    }
+    const F4 s0 = quarter(t0), s1 = quarter(t1), s2 = quarter(t2), s3 = quarter(t3);
+    const F4 r0 = {s0[0], s1[0], s2[0], s3[0]}, r1 = {s0[1], s1[1], s2[1], s3[1]};
+    const F4 r2 = {s0[2], s1[2], s2[2], s3[2]}, r3 = {s0[3], s1[3], s2[3], s3[3]};
+    const F4 four = (r0 + r2) + (r1 + r3);
+    std::memcpy(out + i, &four, sizeof four);
+  }
+  for (; i < n; ++i) {
+    const uint8_t* entry = list + i * size;
     F total = {}, a, w;
     for (int j = 0; j < d; j += 16) {
       load(a, q + j);

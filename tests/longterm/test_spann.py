@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from holdfast import native
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.longterm.disk import files
+from holdfast.longterm.disk import files, heads
 from holdfast.longterm.spann import SPANN
 from holdfast.native.spann import (
     NONE,
@@ -177,17 +178,41 @@ def test_bytes_on_disk_and_in_ram_follow_the_formulas(built):
     index = SPANN.open(built)
     stats, d, n = index.stats(), 32, 6000  # 24 components are padded to 32
     assert stats.disk == sum(p.stat().st_size for p in built.iterdir())
-    heads, groups = stats.heads, len(index._state[0].arrays["group"])
-    assert heads == round(0.03 * n) and groups <= round(2 * heads**0.5)
+    count, groups = stats.heads, len(index._state[0].arrays["group"])
+    assert count == round(0.03 * n) and groups <= round(2 * count**0.5)
     lists = (built / index._state[0].manifest["files"]["lists"]).stat().st_size
     content = round(stats.replicas * n) * (d + 4)
-    assert content <= lists <= content + 4096 * heads
+    assert content <= lists <= content + 4096 * count
     vectors = (built / index._state[0].manifest["files"]["vectors"]).stat().st_size
     assert vectors == n * (4 * d + 16) == n * record_type(24).itemsize
-    tables = heads * (4 * d + 20) + groups * (4 * d + 8) + 8 + n // 8 + 2 * 4 * d + 12 * 12
+    tables = count * (d + 20) + groups * (4 * d + 8) + 8 + n // 8 + 2 * 4 * d + 12 * 12
     assert stats.ram == tables
     index.search(np.zeros(24, np.float32))
     assert stats.ram <= index.stats().ram <= tables + (2 << 20)
+
+
+def test_heads_are_means_of_what_is_nearest(world, tmp_path, monkeypatch):
+    """Refining brings heads nearer to the vectors, and so finds more in as many lists."""
+    apart, found = [], []
+    want, _ = exact(world[0], world[1], 10)
+    for sweeps in (0, heads.SWEEPS):
+        monkeypatch.setattr(heads, "SWEEPS", sweeps)
+        index = SPANN.build(world[0], tmp_path / str(sweeps), replicas=1)
+        near = index._state[0].arrays
+        H = near["low"] + near["step"] * near["head"].astype(np.float32)
+        apart.append(exact(H[:, :24], world[0], 1)[1].mean())
+        found.append(recall(index.search(world[1], 10, 8)[0], want))
+    assert apart[1] < 0.97 * apart[0] and found[1] > found[0]
+
+
+def test_an_index_of_another_format_is_refused(built, tmp_path):
+    folder = shutil.copytree(built, tmp_path / "old")
+    manifest = files.read_manifest(folder) | {"format": 1}
+    files.write_manifest(folder, manifest)
+    with pytest.raises(UsageError, match="has format 1, this version reads 2; rebuild"):
+        SPANN.open(folder)
+    with SPANN.build(clustered(300), folder) as index:
+        assert len(index) == 300
 
 
 def test_ram_budget_chooses_the_heads(tmp_path):

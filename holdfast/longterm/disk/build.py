@@ -1,25 +1,22 @@
 """How the disk index is built: streamed, in memory that does not grow with the vectors' bytes.
 
-Vectors are spooled to a file, then put in the order of groups (k-means on a sample), of heads
-within a group (k-means on its members), and assigned to lists. Slots are numbered in that order, so
-that vectors that are near each other share pages. Lists are written in a few sweeps over one byte
-per component. Every temporary file is unlinked as soon as it is open.
+Vectors are spooled to a file, put in the order of their heads, and assigned to lists. Slots are
+numbered in that order, so that vectors that are near each other share pages. Lists are written in a
+few sweeps over one byte per component. Every temporary file is unlinked as soon as it is open.
 """
 
 import os
-import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from holdfast.errors import UsageError
-from holdfast.longterm.disk.cluster import PIECE, balance, kmeans, nearest, ranges
-from holdfast.longterm.disk.files import FORMAT, Log, read_at, write_arrays, write_at, write_ids
+from holdfast.longterm.disk.cluster import PIECE, ranges
+from holdfast.longterm.disk.files import FORMAT, Log, Spool, write_arrays, write_at, write_ids
+from holdfast.longterm.disk.heads import CANDIDATES, Heads, find_heads
 from holdfast.longterm.disk.input import check_vectors
 from holdfast.native.spann import (
     NONE,
@@ -32,9 +29,7 @@ from holdfast.native.spann import (
     sums,
 )
 
-AMONG, CANDIDATES = 64, 384  # heads that closure looks at; heads near a head
-ROUNDS, GROUP_ROUNDS = 3, 12
-SAMPLE = 128  # vectors per group
+AMONG = 64  # heads that closure looks at
 
 
 @dataclass(frozen=True)
@@ -82,29 +77,7 @@ def ram_of(heads: int, n: int, d: int) -> int:
     """Bytes in RAM: heads, groups, directory, one bit per slot, the fence of the ids."""
     groups = 2 * heads**0.5 + 1
     tables = n // 8 + 12 * (n // 512 + 1) + 8 * padded(d) + 8
-    return int(heads * (4 * padded(d) + 20) + groups * (4 * padded(d) + 8) + tables)
-
-
-class Spool:
-    """Rows of one type in an unnamed file; or, with `fd`, in one that has a name."""
-
-    def __init__(self, folder: Path, kind: np.dtype, fd: int | None = None):
-        self.kind, self._file = kind, None
-        if fd is None:
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
-            fd = self._file.fileno()
-        self.fd = fd
-
-    def write(self, rows: np.ndarray, at: int) -> None:
-        write_at(self.fd, rows.view(np.uint8).reshape(-1), at * self.kind.itemsize)
-
-    def read(self, start: int, end: int) -> np.ndarray:
-        size = self.kind.itemsize
-        return read_at(self.fd, (end - start) * size, start * size).view(self.kind)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+    return int(heads * (padded(d) + 20) + groups * (4 * padded(d) + 8) + tables)
 
 
 def write_index(
@@ -130,20 +103,21 @@ def _write(folder, generation, blocks, options, names, fds, temporary) -> dict[s
         return temporary[-1]
 
     raw, n, dim, low, high = _spool(blocks, spool)
-    d = padded(dim)
-    generator = torch.Generator().manual_seed(options.seed)
+    vectors, grouped = Spool(folder, raw.kind, fds[0]), spool(raw.kind)
     wanted = options.heads(n, dim)
-    vectors = Spool(folder, record_type(dim), fds[0])
-    labels = spool(np.dtype(np.uint32))
-    sizes, heads = _cluster(raw, vectors, n, wanted, generator, labels)
+    heads, label, sizes = find_heads(raw, grouped, vectors, n, wanted, options.seed)
     raw.close()
-    head, group, first = _groups(heads, d)
+    grouped.close()
     step = np.where(high > low, (high - low) / 255, 1).astype(np.float32)
+    # Lists are filled around the heads as they are kept.
+    head, _ = encode(heads.head, low, step)
+    heads = replace(heads, head=decode(head, low, step))
     codes = spool(entry_type(dim))
     pairs = np.dtype([("head", "<u4", (options.replicas,)), ("far", "<f4", (options.replicas,))])
     chosen = spool(pairs)
-    found = _assign(vectors, labels, codes, chosen, sizes, head, group, first, low, step, options)
-    ids, count, own, error = found
+    ids, count, own, error = _assign(
+        vectors, heads, label, sizes, codes, chosen, low, step, options
+    )
     limit = max(64, int(options.limit * count.mean())) if n else 64
     count = np.minimum(count, np.maximum(limit, own)).astype(np.uint32)
     page, check, pages = _lists(fds[1], codes, chosen, n, dim, count)
@@ -159,8 +133,8 @@ def _write(folder, generation, blocks, options, names, fds, temporary) -> dict[s
     if n % 8:
         live[-1] = (1 << n % 8) - 1
     arrays = {
-        **{"head": head, "group": group, "first": first, "page": page, "count": count},
-        **{"room": pages_of(count, dim), "check": check},
+        **{"head": head, "group": heads.group, "first": heads.first, "page": page},
+        **{"count": count, "room": pages_of(count, dim), "check": check},
         **{"low": low, "step": step, "live": live, "fence": fence, "fence_check": fence_check},
     }
     heads_check = write_arrays(folder / names["heads"], arrays)
@@ -195,108 +169,36 @@ def _spool(blocks, spool) -> tuple[Spool, int, int, np.ndarray, np.ndarray]:
     return raw, n, dim, low, high
 
 
-def _cluster(raw, vectors, n, wanted, generator, labels) -> tuple[list[int], list[Tensor]]:
-    """Put vectors in the order of groups and heads; sizes of groups, and the heads of each.
-
-    `labels` gets, for each slot, its head's number within the group.
-    """
-    if not n:
-        return [], []
-    size = raw.kind.itemsize
-    groups = max(1, round(2 * wanted**0.5)) if wanted > 1 else 1
-    sample = torch.randperm(n, generator=generator)[: SAMPLE * groups].sort().values.tolist()
-    X = np.stack([raw.read(i, i + 1)["x"][0] for i in sample])
-    train, rest = torch.from_numpy(X)[::2], torch.from_numpy(X)[1::2]
-    centre, _ = kmeans(train, groups, GROUP_ROUNDS, generator)
-    price = balance(rest if len(rest) else train, centre)
-    del X, train, rest
-    group = np.empty(n, np.uint32)
-    for start, end in ranges(n, size):
-        rows = torch.from_numpy(np.ascontiguousarray(raw.read(start, end)["x"]))
-        group[start:end] = nearest(rows, centre, price)[1].numpy()
-    sizes = np.bincount(group, minlength=len(centre))
-    cursor = np.cumsum(sizes) - sizes
-    for start, end in ranges(n, size):
-        order = np.argsort(group[start:end], kind="stable")
-        rows = raw.read(start, end)[order]
-        mine, at = np.unique(group[start:end][order], return_index=True)
-        for g, part in zip(mine.tolist(), np.split(rows, at[1:]), strict=True):
-            vectors.write(part, int(cursor[g]))
-            cursor[g] += len(part)
-    heads: list[Tensor] = []
-    start = before = 0
-    sizes = [int(s) for s in sizes if s]
-    done = 0
-    for m in sizes:
-        rows = vectors.read(start, start + m)
-        X = torch.from_numpy(np.ascontiguousarray(rows["x"]))
-        done += m
-        # Shares are rounded on the running sum, so that they add up to what was wanted.
-        k = max(1, round(wanted * done / n) - before)
-        C, label = kmeans(X, k, ROUNDS, generator)
-        order = label.argsort(stable=True)
-        vectors.write(rows[order.numpy()], start)
-        labels.write(label[order].numpy().astype(np.uint32), start)
-        heads.append(C)
-        before += len(C)
-        start += m
-    return sizes, heads
-
-
-def _groups(heads: list[Tensor], d: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not heads:
-        empty = np.empty((0, d), np.float32)
-        return empty, empty, np.zeros(1, np.int64)
-    first = np.concatenate([[0], np.cumsum([len(h) for h in heads])]).astype(np.int64)
-    group = torch.stack([h.mean(0) for h in heads]).numpy()
-    return torch.cat(heads).numpy(), group, first
-
-
-def neighbours(head: np.ndarray, group: np.ndarray, first: np.ndarray, g: int) -> np.ndarray:
-    """The heads nearest to each head of group g, itself first: (heads of g, c) u32."""
-    H = torch.from_numpy(head)
-    near = (torch.from_numpy(group) - torch.from_numpy(group[g])).square().sum(1).argsort()
-    near = near[near != g].tolist()
-    parts, total = [], 0
-    for other in [g, *near]:
-        if len(parts) >= 32 and total >= 2 * CANDIDATES:
-            break
-        parts.append(np.arange(first[other], first[other + 1]))
-        total += len(parts[-1])
-    every = torch.from_numpy(np.concatenate(parts))
-    mine = H[first[g] : first[g + 1]]
-    far = torch.addmm(H[every].square().sum(1), mine, H[every].T, alpha=-2)
-    order = far.topk(min(CANDIDATES, len(every)), largest=False).indices
-    return np.ascontiguousarray(every[order].numpy().astype(np.uint32))
-
-
 def encode(X: np.ndarray, low: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, float]:
     """One byte per component, and the largest distance between a vector and what bytes say."""
-    codes = np.clip(np.rint((X - low) / step), 0, 255)
-    apart = low + codes * step - X
+    codes = np.clip(np.rint((X - low) / step), 0, 255).astype(np.uint8)
+    apart = decode(codes, low, step) - X
     error = float(np.sqrt(np.einsum("ij,ij->i", apart, apart).max(initial=0)))
-    return codes.astype(np.uint8), error
+    return codes, error
 
 
-def _assign(vectors, labels, codes, chosen, sizes, head, group, first, low, step, options):
+def decode(codes: np.ndarray, low: np.ndarray, step: np.ndarray) -> np.ndarray:
+    return low + step * codes.astype(np.float32)
+
+
+def _assign(vectors, heads: Heads, label, sizes, codes, chosen, low, step, options):
     """Closure of every vector, its codes, and its final record."""
-    n = sum(sizes)
-    ids = np.empty(n, np.int64)
-    count, own, error = np.zeros(len(head), np.int64), np.zeros(len(head), np.int64), 0.0
+    ids, k = np.empty(len(label), np.int64), len(heads.head)
+    count, own, error = np.zeros(k, np.int64), np.zeros(k, np.int64), 0.0
     start = 0
-    for g, m in enumerate(sizes):
-        table = neighbours(head, group, first, g)
+    for g, m in enumerate(sizes.tolist()):
+        table = heads.near(g, CANDIDATES)
         for a, b in ((start + a, start + b) for a, b in ranges(m, vectors.kind.itemsize)):
             rows = vectors.read(a, b)
-            which = labels.read(a, b).astype(np.int64)
+            which = label[a:b] - heads.first[g]
             X = np.ascontiguousarray(rows["x"])
             out = np.empty(b - a, chosen.kind)
             out["head"], out["far"] = closure(
-                X, head, table, which, AMONG, options.rng, options.replicas
+                X, heads.head, table, which, AMONG, options.rng, options.replicas
             )
             chosen.write(out, a)
-            count += np.bincount(out["head"][out["head"] != NONE], minlength=len(head))
-            own += np.bincount(out["head"][:, 0], minlength=len(head))
+            count += np.bincount(out["head"][out["head"] != NONE], minlength=k)
+            own += np.bincount(out["head"][:, 0], minlength=k)
             entries = np.empty(b - a, codes.kind)
             entries["code"], worst = encode(X, low, step)
             error = max(error, worst)

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from holdfast.errors import HoldfastError, UsageError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ADD, REMOVE = 1, 2
 BLOCK = 512  # entries of the table of ids that one read takes
@@ -52,6 +53,28 @@ def read_at(fd: int, nbytes: int, offset: int) -> np.ndarray:
             break
         done += got
     return data[:done]
+
+
+class Spool:
+    """Rows of one type in an unnamed file; or, with `fd`, in one that has a name."""
+
+    def __init__(self, folder: Path, kind: np.dtype, fd: int | None = None):
+        self.kind, self._file = kind, None
+        if fd is None:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+            fd = self._file.fileno()
+        self.fd = fd
+
+    def write(self, rows: np.ndarray, at: int) -> None:
+        write_at(self.fd, rows.view(np.uint8).reshape(-1), at * self.kind.itemsize)
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        size = self.kind.itemsize
+        return read_at(self.fd, (end - start) * size, start * size).view(self.kind)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def sync_folder(folder: Path) -> None:
@@ -130,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         HoldfastError: it is damaged.
-        UsageError: a newer version wrote it.
+        UsageError: another version wrote it.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
@@ -144,10 +167,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise damaged(folder / MANIFEST, "the manifest") from None
     if zlib.crc32(canonical.encode()) != check:
         raise damaged(folder / MANIFEST, "the manifest")
-    if manifest["format"] > FORMAT:
+    if manifest["format"] != FORMAT:
         raise UsageError(
-            f"{folder} has format {manifest['format']}, this version reads up to {FORMAT}; "
-            "upgrade holdfast, or rebuild the index with SPANN.build"
+            f"{folder} has format {manifest['format']}, this version reads {FORMAT}; rebuild the "
+            "index with SPANN.build"
         )
     return manifest
 

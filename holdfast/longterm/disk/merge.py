@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.longterm.disk.build import AMONG, encode, kmeans
+from holdfast.longterm.disk.build import AMONG, decode, encode
+from holdfast.longterm.disk.cluster import kmeans
 from holdfast.longterm.disk.files import (
     ID_TYPE,
     Ids,
@@ -149,7 +150,8 @@ def _lists_of(X: np.ndarray, arrays, reader: Reader, options: dict[str, Any]) ->
     groups = len(arrays["group"])
     near = reader.nearest(X, AMONG, min(groups, max(32, groups // 4)))
     which = np.arange(len(X))
-    heads, _ = closure(X, arrays["head"], near, which, AMONG, options["rng"], options["replicas"])
+    head = decode(arrays["head"], arrays["low"], arrays["step"])
+    heads, _ = closure(X, head, near, which, AMONG, options["rng"], options["replicas"])
     return heads
 
 
@@ -179,14 +181,15 @@ def _extend(lists: _Lists, heads, entries, live, manifest, arrays) -> dict[int, 
 
 def _split(entries, limit: int, low: np.ndarray, step: np.ndarray) -> list[tuple]:
     """(head, entries) of the parts of a list; one part, if all its vectors are one."""
-    X = torch.from_numpy(low + step * entries["code"].astype(np.float32))
+    X = torch.from_numpy(decode(entries["code"], low, step))
     parts = max(2, round(len(entries) / (0.6 * limit)))
     C, label = kmeans(X, parts, 8, torch.Generator().manual_seed(0))
     out: list[tuple] = []
     for i in range(len(C)):
         part = entries[(label == i).numpy()]
         again = len(C) > 1 and len(part) > limit
-        out += _split(part, limit, low, step) if again else [(C[i].numpy(), part)]
+        head = encode(C[i].numpy()[None], low, step)[0][0]
+        out += _split(part, limit, low, step) if again else [(head, part)]
     return out
 
 
@@ -198,7 +201,7 @@ def _with_split(arrays, lists: _Lists, split: dict[int, list], d: int) -> dict[s
         head[h] = parts[0][0]
         after += [h + 1] * (len(parts) - 1)
         fresh += parts[1:]
-    new = np.array([part[0] for part in fresh], np.float32).reshape(-1, d)
+    new = np.array([part[0] for part in fresh], np.uint8).reshape(-1, d)
     out = {"head": np.insert(head, after, new, axis=0), "group": arrays["group"]}
     # A group that begins behind a split list moves; one that begins with it does not.
     out["first"] = arrays["first"] + np.searchsorted(np.array(after), arrays["first"], "right")
