@@ -73,23 +73,15 @@ def find_heads(
     generator = torch.Generator().manual_seed(seed)
     group = _group(raw, n, wanted, generator)
     sizes = np.bincount(group)
-    _by_group(raw, grouped, group)
+    _by_number(raw, grouped, group)
     heads, label = _split(grouped, sizes[sizes > 0], n, wanted, generator)
     for _ in range(SWEEPS):
         heads = _refine(grouped, heads, label)
     heads, number = _regroup(heads, generator)
     label = number[label]
-    group = (np.searchsorted(heads.first, label, "right") - 1).astype(np.uint32)
-    sizes = np.bincount(group, minlength=len(heads.group))
-    _by_group(grouped, vectors, group)
-    label = label[np.argsort(group, kind="stable")]
-    start = 0
-    for m in sizes.tolist():
-        order = np.argsort(label[start : start + m], kind="stable")
-        vectors.write(vectors.read(start, start + m)[order], start)
-        label[start : start + m] = label[start : start + m][order]
-        start += m
-    return heads, label, sizes
+    _by_number(grouped, vectors, label)
+    label = np.sort(label)
+    return heads, label, np.diff(np.searchsorted(label, heads.first))
 
 
 def _rows(spool: Spool, start: int, end: int) -> np.ndarray:
@@ -111,17 +103,17 @@ def _group(raw: Spool, n: int, wanted: int, generator: torch.Generator) -> np.nd
     return group
 
 
-def _by_group(source: Spool, target: Spool, group: np.ndarray) -> None:
-    """Copy records, those of a group side by side, in the order that they had."""
-    sizes = np.bincount(group)
+def _by_number(source: Spool, target: Spool, number: np.ndarray) -> None:
+    """Copy records in ascending order of their numbers; equal ones keep theirs."""
+    sizes = np.bincount(number)
     cursor = np.cumsum(sizes) - sizes
-    for start, end in ranges(len(group), source.kind.itemsize):
-        order = np.argsort(group[start:end], kind="stable")
+    for start, end in ranges(len(number), source.kind.itemsize):
+        order = np.argsort(number[start:end], kind="stable")
         rows = source.read(start, end)[order]
-        mine, at = np.unique(group[start:end][order], return_index=True)
-        for g, part in zip(mine.tolist(), np.split(rows, at[1:]), strict=True):
-            target.write(part, int(cursor[g]))
-            cursor[g] += len(part)
+        mine, at = np.unique(number[start:end][order], return_index=True)
+        for one, part in zip(mine.tolist(), np.split(rows, at[1:]), strict=True):
+            target.write(part, int(cursor[one]))
+            cursor[one] += len(part)
 
 
 def _split(grouped: Spool, sizes, n: int, wanted: int, generator) -> tuple[Heads, np.ndarray]:
