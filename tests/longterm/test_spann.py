@@ -10,7 +10,7 @@ import pytest
 
 from holdfast import native
 from holdfast.errors import HoldfastError, UsageError
-from holdfast.longterm.disk import files, heads
+from holdfast.longterm.disk import cluster, files, heads
 from holdfast.longterm.spann import SPANN
 from holdfast.native.spann import (
     NONE,
@@ -203,6 +203,28 @@ def test_heads_are_means_of_what_is_nearest(world, tmp_path, monkeypatch):
         apart.append(exact(H[:, :24], world[0], 1)[1].mean())
         found.append(recall(index.search(world[1], 10, 8)[0], want))
     assert apart[1] < 0.97 * apart[0] and found[1] > found[0]
+
+
+def test_vectors_lie_in_the_list_of_the_nearest_head_as_kept(world, tmp_path):
+    index = SPANN.build(world[0], tmp_path, replicas=1)
+    kept = index._state[0].arrays
+    H = kept["low"] + kept["step"] * kept["head"].astype(np.float32)
+    records = index._state[0].read(np.arange(6000))
+    want = exact(H, records["x"], 2)[1]
+    for h, entries in enumerate(lists_of(index)):
+        far = ((records["x"][entries["slot"]] - H[h]) ** 2).sum(1)
+        assert np.allclose(far, want[entries["slot"], 0], rtol=1e-5)
+
+
+def test_heads_near_a_head_in_pieces(monkeypatch):
+    X = clustered(200)
+    found = heads.Heads.of(X, np.array([20, 150, 30]))
+    assert found.first.tolist() == [0, 20, 170, 200]
+    want, _ = exact(X, X, 7)
+    for piece in (4 << 20, 4 * 200 * 13):
+        monkeypatch.setattr(cluster, "PIECE", piece)
+        near = np.concatenate([found.near(g, 7) for g in range(3)])
+        assert (near == want).all()
 
 
 def test_an_index_of_another_format_is_refused(built, tmp_path):
