@@ -233,6 +233,10 @@ def test_an_index_of_another_format_is_refused(built, tmp_path):
     files.write_manifest(folder, manifest)
     with pytest.raises(UsageError, match="has format 1, this version reads 2; rebuild"):
         SPANN.open(folder)
+    before = {p.name for p in folder.iterdir()}
+    with pytest.raises(UsageError, match="twice"):
+        SPANN.build(clustered(2), folder, ids=[1, 1])
+    assert before <= {p.name for p in folder.iterdir()}, "a build that fails takes nothing away"
     with SPANN.build(clustered(300), folder) as index:
         assert len(index) == 300
 

@@ -106,7 +106,6 @@ def _write(folder, generation, blocks, options, names, fds, temporary) -> dict[s
     vectors, grouped = Spool(folder, raw.kind, fds[0]), spool(raw.kind)
     wanted = options.heads(n, dim)
     heads, label, sizes = find_heads(raw, grouped, vectors, n, wanted, options.seed)
-    raw.close()
     grouped.close()
     step = np.where(high > low, (high - low) / 255, 1).astype(np.float32)
     # Lists are filled around the heads as they are kept.

@@ -153,8 +153,29 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         HoldfastError: it is damaged.
-        UsageError: another version wrote it.
+        UsageError: it has another format.
     """
+    manifest = _read_manifest(folder)
+    if manifest is not None and manifest["format"] != FORMAT:
+        raise UsageError(
+            f"{folder} has format {manifest['format']}, this version reads {FORMAT}; rebuild the "
+            "index with SPANN.build"
+        )
+    return manifest
+
+
+def read_manifest_or_none(folder: Path) -> dict[str, Any] | None:
+    """What is there, in any format, or None where it is damaged: a build is the remedy for both.
+
+    Until the build is done, the files of an old format stay for those who read it.
+    """
+    try:
+        return _read_manifest(folder)
+    except HoldfastError:
+        return None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -167,20 +188,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise damaged(folder / MANIFEST, "the manifest") from None
     if zlib.crc32(canonical.encode()) != check:
         raise damaged(folder / MANIFEST, "the manifest")
-    if manifest["format"] != FORMAT:
-        raise UsageError(
-            f"{folder} has format {manifest['format']}, this version reads {FORMAT}; rebuild the "
-            "index with SPANN.build"
-        )
     return manifest
-
-
-def read_manifest_or_none(folder: Path) -> dict[str, Any] | None:
-    """What is there, or None also where it is damaged: a build is the remedy for that."""
-    try:
-        return read_manifest(folder)
-    except HoldfastError:
-        return None
 
 
 class Lock:

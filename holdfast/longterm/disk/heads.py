@@ -61,7 +61,7 @@ def find_heads(
 ) -> tuple[Heads, np.ndarray, np.ndarray]:
     """Find heads for the n records of `raw`, and write these to `vectors` in the heads' order.
 
-    `grouped` is for records on their way.
+    `grouped` is for records on their way; `raw` is closed once they are there.
 
     Returns:
         The heads, the head (n) u32 of each record as written, and the records of each group.
@@ -74,6 +74,7 @@ def find_heads(
     group = _group(raw, n, wanted, generator)
     sizes = np.bincount(group)
     _by_number(raw, grouped, group)
+    raw.close()
     heads, label = _split(grouped, sizes[sizes > 0], n, wanted, generator)
     for _ in range(SWEEPS):
         heads = _refine(grouped, heads, label)
